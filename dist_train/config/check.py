@@ -1,0 +1,112 @@
+"""Ranges of single settings and rules between them, in one place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.config.schema import Config, ConfigError
+from dist_train.config.typed import flatten
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Closed interval of a number; `above` is an open lower end."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+
+RANGES: dict[str, Range] = {
+    "seed": Range(least=0, most=2**63 - 1),
+    "threads": Range(least=1),
+    "log_every": Range(least=1),
+    "train.epochs": Range(least=1),
+    "train.steps": Range(least=1),
+    "train.max_minutes": Range(above=0),
+    "train.global_batch_size": Range(least=1),
+    "train.micro_batch_size": Range(least=1),
+    "train.early_stop_patience": Range(least=1),
+    "parallel.start_timeout_sec": Range(above=0),
+    "parallel.step_timeout_sec": Range(above=0),
+    "data.val_fraction": Range(least=0, most=0.9),
+    "data.in_memory_gib": Range(least=0),
+    "data.num_workers": Range(least=0),
+    "data.image_size": Range(least=1),
+    "data.crop_padding": Range(least=0),
+    "data.cutout": Range(least=0),
+    "data.mixup": Range(least=0),
+    "data.cutmix": Range(least=0),
+    "data.eval_batch_size": Range(least=1),
+    "optim.lr": Range(above=0),
+    "optim.momentum": Range(least=0, most=0.9999),
+    "optim.weight_decay": Range(least=0),
+    "optim.warmup_steps": Range(least=0),
+    "optim.warmup_epochs": Range(least=0),
+    "optim.final_lr_fraction": Range(least=0, most=1),
+    "optim.lr_base_batch_size": Range(least=1),
+    "optim.clip_norm": Range(above=0),
+    "optim.label_smoothing": Range(least=0, most=0.999),
+    "optim.ema_decay": Range(above=0, most=0.999999),
+    "eval.every_epochs": Range(least=1),
+    "eval.every_steps": Range(least=1),
+    "checkpoint.every_steps": Range(least=1),
+    "checkpoint.keep_last": Range(least=1),
+    "guards.max_consecutive": Range(least=1),
+}
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first value out of range or rule between keys that is broken."""
+    for key, value in flatten(config).items():
+        if key in RANGES and value is not None:
+            _check_range(key, value, RANGES[key])
+    train, optim, data = config.train, config.optim, config.data
+    if train.epochs is None and train.steps is None:
+        raise ConfigError("how long to train is not set: give train.epochs=N or train.steps=N")
+    if train.early_stop_patience is not None and data.val_fraction == 0:
+        raise ConfigError(
+            "train.early_stop_patience needs a validation split: set data.val_fraction=0.1"
+        )
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        raise ConfigError("optim.nesterov=true needs momentum: raise optim.momentum above 0")
+    if not all(0 <= b < 1 for b in optim.betas):
+        raise ConfigError(f"optim.betas={list(optim.betas)}: both must be in [0, 1)")
+    if config.precision == "fp16" and config.device == "cpu":
+        raise ConfigError("precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32")
+    if config.parallel.sync_batchnorm and config.device == "cpu":
+        raise ConfigError(
+            "parallel.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm refuses CPU tensors"
+        )
+    if data.randaugment and data.loader == "memory":
+        raise ConfigError("data.randaugment works on single pictures: set data.loader=workers")
+    if data.mean is not None and data.std is not None and len(data.mean) != len(data.std):
+        raise ConfigError(
+            f"data.mean has {len(data.mean)} channels and data.std {len(data.std)}: give as many"
+        )
+    if (data.mean is None) != (data.std is None):
+        raise ConfigError("data.mean and data.std go together: give both or none")
+    if data.std is not None and min(data.std) <= 0:
+        raise ConfigError(f"data.std={list(data.std)}: every value must be above 0")
+    steps = config.profile.steps
+    if steps is not None and not 0 <= steps[0] < steps[1]:
+        raise ConfigError(f"profile.steps={list(steps)}: give [first, last] with first < last")
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise ConfigError if this configuration cannot be cut over `world_size` ranks."""
+    batch = config.train.global_batch_size
+    if batch < world_size:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is smaller than world_size (= {world_size}): "
+            f"raise train.global_batch_size to {world_size} or more, "
+            f"or start at most {batch} ranks"
+        )
+
+
+def _check_range(key: str, value: Any, allowed: Range) -> None:
+    if allowed.above is not None and not value > allowed.above:
+        raise ConfigError(f"{key}={value} is out of range: it must be above {allowed.above:g}")
+    if allowed.least is not None and not value >= allowed.least:
+        raise ConfigError(f"{key}={value} is out of range: it must be at least {allowed.least:g}")
+    if allowed.most is not None and not value <= allowed.most:
+        raise ConfigError(f"{key}={value} is out of range: it must be at most {allowed.most:g}")

@@ -1,0 +1,205 @@
+"""Compose a Config from the schema's defaults, YAML groups and overrides with Hydra's compose API.
+
+No `@hydra.main`: nothing is written, the working directory stays, nothing is instantiated.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dist_train.config.check import check
+from dist_train.config.schema import Config, ConfigError
+from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain, unknown_key
+
+SCHEMA = "schema_defaults"
+BUNDLED = Path(__file__).parents[1] / "_configs"  # in an installed wheel
+CHECKOUT = Path(__file__).parents[2] / "configs"  # in a checkout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composed:
+    """A checked configuration and where each of its values came from."""
+
+    config: Config
+    origins: dict[str, str]  # dotted key -> "default" | a file | "command line"
+
+
+def compose(
+    overrides: list[str], *, config_dir: Path | None = None, config_file: Path | None = None
+) -> Composed:
+    """Compose and check the configuration of a run.
+
+    Args:
+        overrides: `key=value` or `group=choice` in Hydra's grammar.
+        config_dir: the user's own groups, searched before the bundled ones.
+        config_file: start from this resolved config.yaml instead of the groups.
+
+    Raises:
+        ConfigError: one line: what is wrong, where, and the nearest right thing.
+    """
+    folders = [f for f in (config_dir, BUNDLED if BUNDLED.is_dir() else CHECKOUT) if f]
+    if config_dir and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a folder")
+    groups = _groups(folders) if config_file is None else {}
+    parsed = [_parsed(o, groups, config_file) for o in overrides]
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA, node=plain(Config()))
+    store.store(name="main", node=_main(groups, config_file))
+    GlobalHydra.instance().clear()
+    searchpath = f"hydra.searchpath=[file://{folders[-1].resolve()}]"
+    try:
+        with initialize_config_dir(str(folders[0].resolve()), version_base="1.3"):
+            lines = [searchpath, *(o.input_line or "" for o in parsed)]
+            composed = hydra_compose("main", lines, return_hydra_config=True)
+            loader = GlobalHydra.instance().config_loader()
+            files = loader.compute_defaults_list("main", lines, RunMode.RUN).defaults
+            origins = _origins(parsed, files, folders, config_file)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    values = {k: v for k, v in composed.items() if k != "hydra"}
+    raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(values))  # type: ignore[assignment] # a mapping
+    _refuse_resolvers(raw)
+    if "experiment" in groups and composed.hydra.runtime.choices.get("experiment"):
+        raw["experiment"] = composed.hydra.runtime.choices.experiment
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+        config = build(Config, resolved)  # type: ignore[arg-type] # a mapping
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    check(config)
+    return Composed(config=config, origins=origins)
+
+
+def describe(composed: Composed) -> str:
+    """Return the configuration as YAML lines, each with where its value came from."""
+    rows = []
+    for key, value in flatten(composed.config).items():
+        text = OmegaConf.to_yaml(OmegaConf.create({"v": plain(value)}), resolve=False)
+        shown = text[3:].strip() if "\n" not in text.strip() else str(plain(value))
+        rows.append((f"{key}: {shown}", composed.origins.get(key, "default")))
+    width = min(60, max(len(row) for row, _ in rows))
+    return "\n".join(f"{row:<{width}}  # {origin}" for row, origin in rows)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML, ready for --config."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def _groups(folders: list[Path]) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {group: sorted(names) for group, names in found.items()}
+
+
+def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, Any]:
+    if config_file is None:
+        first = {"model": "resnet9", "data": "auto", "optim": "sgd"}
+        chosen = [{g: c} for g, c in first.items() if c in groups.get(g, [])]
+        return {"defaults": [SCHEMA, *chosen, {"experiment": "cifar10_resnet9"}]}
+    try:
+        loaded = OmegaConf.load(config_file)
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"--config {config_file}: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"--config {config_file} is no mapping of settings")
+    values: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment] # a mapping
+    return {"defaults": [SCHEMA, "_self_"], **values}
+
+
+def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -> Override:
+    """Parse one override and check its key, so that a slip is answered with the nearest key."""
+    try:
+        override = OverridesParser.create().parse_override(line)
+    except HydraException:
+        raise ConfigError(f"{line!r} is no override: write key=value, like optim.lr=0.1") from None
+    key = override.key_or_group
+    value = override.value()
+    if override.is_sweep_override():
+        raise ConfigError(f"{line} is a sweep: one run takes one value; give several to a launcher")
+    if "${" in line:
+        _refuse_resolvers({key: line})
+    if key in groups and isinstance(value, str):
+        if value not in groups[key]:
+            raise ConfigError(f"{key}={value} does not exist{did_you_mean(value, groups[key])}")
+        return override
+    known = dict(leaves(Config))
+    owners = [k for k, hint in known.items() if "dict" in str(hint) and key.startswith(f"{k}.")]
+    if owners:  # model.args.width=64 needs no "+"
+        return OverridesParser.create().parse_override(f"++{line.lstrip('+~')}")
+    if config_file is not None and key in ("model", "data", "optim", "experiment", "cluster"):
+        raise ConfigError(f"{line}: groups are not used with --config; set single keys instead")
+    if key not in known:
+        near = [*known, *groups]
+        raise ConfigError(
+            unknown_key(key) if key not in groups else f"{line}{did_you_mean(key, near)}"
+        )
+    return override
+
+
+def _refuse_resolvers(values: Any, key: str = "") -> None:
+    """Refuse ${oc.env:X}, ${now:...}: they would differ between ranks or store a secret."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_resolvers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_resolvers(value, key)
+    elif isinstance(values, str) and "${" in values and ":" in values.split("${", 1)[1]:
+        raise ConfigError(
+            f"{key}: {values} reads the environment, the time or a file; "
+            f"only ${{other.key}} is allowed. Let the shell fill it in: {key}=$VALUE"
+        )
+
+
+def _origins(
+    overrides: list[Override], files: list[Any], folders: list[Path], config_file: Path | None
+) -> dict[str, str]:
+    """Map every key that something set to that something; later ones win, as in Hydra."""
+    origins: dict[str, str] = {}
+    if config_file is not None:
+        origins |= dict.fromkeys(_dotted(OmegaConf.load(config_file)), str(config_file))
+    for entry in files:
+        for folder in folders:
+            path = folder / f"{entry.config_path}.yaml"
+            if not entry.config_path or not path.is_file():
+                continue
+            prefix = f"{entry.package}." if entry.package else ""
+            origins |= {f"{prefix}{k}": str(path) for k in _dotted(OmegaConf.load(path))}
+            break
+    for override in overrides:
+        name = override.key_or_group
+        hit = [k for k, h in leaves(Config) if name == k or ("dict" in str(h) and name.startswith(f"{k}."))]
+        origins |= dict.fromkeys(hit, "command line")
+    return origins
+
+
+def _dotted(values: Any) -> list[str]:
+    flat = {k for k, _ in leaves(Config)}
+    container = OmegaConf.to_container(values)
+    found: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and name not in flat:
+                walk(value, f"{name}.")
+            else:
+                found.append(name)
+
+    walk(container, "")
+    return found

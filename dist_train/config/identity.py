@@ -1,0 +1,78 @@
+"""Which settings make a run what it is: the hash in its folder's name, and what a resume may change."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from dist_train.config.schema import Config, ConfigError
+from dist_train.config.typed import flatten, plain
+
+# Settings that do not change the result (or only its last bits), where it is kept, or how long
+# it goes on. Everything else is in the hash.
+NOT_IN_HASH = (
+    "experiment",
+    "run_dir",
+    "resume",
+    "resume_allow",
+    "threads",
+    "device",
+    "log_every",
+    "train.epochs",
+    "train.steps",
+    "train.max_minutes",
+    "train.micro_batch_size",
+    "parallel.name",
+    "parallel.sync",
+    "parallel.find_unused_parameters",
+    "parallel.start_timeout_sec",
+    "parallel.step_timeout_sec",
+    "parallel.numa_binding",
+    "data.root",
+    "data.download",
+    "data.in_memory_gib",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.eval_batch_size",
+    "model.activation_checkpointing",
+    "checkpoint.",
+    "guards.",
+    "profile.",
+    "tracking.",
+)
+
+
+def hashed_settings(config: Config) -> dict[str, object]:
+    """Return {dotted key: plain value} of every setting that changes the result."""
+    return {
+        key: plain(value) for key, value in flatten(config).items() if not key.startswith(NOT_IN_HASH)
+    }
+
+
+def config_hash(config: Config) -> str:
+    """Return 8 hex digits over every setting that changes the result."""
+    text = json.dumps(hashed_settings(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def full_hash(config: Config) -> str:
+    """Return a hash over all settings: ranks of one run must have the same."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_dir_of(config: Config) -> Path:
+    """Return the run's folder: the one asked for, else runs/<experiment>-<hash>."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    return Path("runs") / f"{config.experiment}-{config_hash(config)}"
+
+
+def check_same_run(config: Config, saved: Config, run_dir: Path) -> None:
+    """Raise ConfigError if resuming `saved` with `config` would mix two different runs."""
+    old, new = hashed_settings(saved), hashed_settings(config)
+    changed = [k for k in new if old.get(k) != new[k] and k not in config.resume_allow]
+    if changed:
+        what = ", ".join(f"{k}={new[k]} (the run has {old.get(k)})" for k in changed)
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings: {what}. Use another run_dir, or allow "
+            f"the change with resume_allow=[{','.join(changed)}]"
+        )

@@ -1,0 +1,125 @@
+"""Turn plain mappings into the schema's dataclasses, naming the key of whatever does not fit."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dist_train.config.schema import Config, ConfigError
+
+
+def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Make a frozen dataclass `cls` of `values`, checking keys and types all the way down.
+
+    Raises:
+        ConfigError: an unknown key or a value of another type; says the nearest right one.
+    """
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(unknown_key(f"{prefix}{key}"))
+    made = {k: convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()}
+    return cls(**made)
+
+
+def unknown_key(key: str) -> str:
+    """Say that `key` is none of ours, with the nearest that is."""
+    return f"unknown key {key!r}{did_you_mean(key, [k for k, _ in leaves(Config)])}"
+
+
+def did_you_mean(word: str, choices: list[str]) -> str:
+    """Return ': did you mean X?' for the nearest of `choices`, else the list of them if short."""
+    last = word.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(word, choices, 1, 0.6)
+    near = near or [c for c in choices if c.rsplit(".", 1)[-1] == last]
+    near = near or [
+        c
+        for c in choices
+        if difflib.SequenceMatcher(None, c.rsplit(".", 1)[-1], last).ratio() > 0.75
+    ]
+    if near:
+        return f": did you mean {near[0]}?"
+    return f": choose one of {', '.join(choices)}" if len(choices) <= 12 else ""
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every setting below a dataclass type."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of a dataclass; a dict-valued setting stays whole."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[f"{prefix}{field.name}"] = value
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """Turn dataclasses and tuples into dicts and lists, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """Return `value` as the type `hint`, or raise ConfigError naming `key`."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} is a group of settings, not {value!r}: set {key}.<name>=...")
+        return build(hint, value, f"{key}.")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        inner = [a for a in get_args(hint) if a is not type(None)]
+        assert len(inner) == 1, f"the schema has no unions but `X | None`: {key}"
+        return convert(inner[0], value, key)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        choices = [str(a) for a in get_args(hint)]
+        raise ConfigError(f"{key}={value} is not a choice{did_you_mean(str(value), choices)}")
+    if origin is tuple:
+        items = get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise _wrong(key, value, f"a list like {key}=[...]")
+        if items[-1] is not Ellipsis and len(value) != len(items):
+            raise _wrong(key, value, f"a list of {len(items)} values")
+        return tuple(convert(items[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(key, value, f"a mapping: set {key}.<name>=...")
+        return {str(k): v for k, v in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: Any, value: Any, key: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise _wrong(key, value, names[hint])
+
+
+def _wrong(key: str, value: Any, wanted: str) -> ConfigError:
+    shown = "null" if value is None else value
+    return ConfigError(f"{key}={shown} has the wrong type: it must be {wanted}")
