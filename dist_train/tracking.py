@@ -152,6 +152,11 @@ class Trackers:
         self._trackers = list(trackers)
         self._warn = warn or (lambda text: None)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anybody to tell."""
+        return bool(self._trackers)
+
     def log(self, record: Record) -> None:
         for tracker in list(self._trackers):
             self._guarded(tracker, lambda t=tracker: t.log(record))

@@ -183,7 +183,11 @@ def _origins(
             break
     for override in overrides:
         name = override.key_or_group
-        hit = [k for k, h in leaves(Config) if name == k or ("dict" in str(h) and name.startswith(f"{k}."))]
+        hit = [
+            k
+            for k, h in leaves(Config)
+            if name == k or ("dict" in str(h) and name.startswith(f"{k}."))
+        ]
         origins |= dict.fromkeys(hit, "command line")
     return origins
 

@@ -1,4 +1,4 @@
-"""Which settings make a run what it is: the hash in its folder's name, and what a resume may change."""
+"""Which settings make a run what it is: the hash in its folder's name, what a resume may change."""
 
 import hashlib
 import json
@@ -44,7 +44,9 @@ NOT_IN_HASH = (
 def hashed_settings(config: Config) -> dict[str, object]:
     """Return {dotted key: plain value} of every setting that changes the result."""
     return {
-        key: plain(value) for key, value in flatten(config).items() if not key.startswith(NOT_IN_HASH)
+        key: plain(value)
+        for key, value in flatten(config).items()
+        if not key.startswith(NOT_IN_HASH)
     }
 
 

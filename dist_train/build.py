@@ -1,0 +1,102 @@
+"""Make the parts of a run from the configuration: model, precision, optimizer, average."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import Config, ConfigError
+from dist_train.config.importing import import_callable
+from dist_train.distributed import Ranks
+from dist_train.models.activation import checkpoint_activations
+from dist_train.order import seed_of
+
+
+def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
+    """Call model.factory with num_classes and model.args; weights are a function of the seed.
+
+    Raises:
+        ConfigError: the factory cannot be imported, called, or returns no module.
+    """
+    factory = import_callable(config.model.factory, "model.factory")
+    torch.manual_seed(seed_of(config.seed, 6))
+    try:
+        model = factory(num_classes=num_classes, **config.model.args)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.factory={config.model.factory} cannot be called: {error}. It is given "
+            "num_classes and model.args by name"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.factory={config.model.factory} returned {type(model).__name__}: it must "
+            "return a torch.nn.Module"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"model.factory={config.model.factory} returned a module without trainable parameters"
+        )
+    if config.model.activation_checkpointing:
+        checkpoint_activations(model)
+    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload] # both are accepted
+
+
+def precision_in_force(config: Config, device: torch.device) -> tuple[str, str | None]:
+    """Return the precision to compute in, and a notice if it is not the one asked for.
+
+    A CPU without bf16 instructions emulates them, tens of times slower than fp32.
+    """
+    if config.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        return "fp32", (
+            "precision=bf16: this CPU has no bf16 instructions and would emulate them many times "
+            "slower than fp32: computing in fp32"
+        )
+    return config.precision, None
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype)
+
+
+def checked_logits(
+    model: Callable[[Tensor], Tensor], images: Tensor, num_classes: int, factory: str
+) -> Tensor:
+    """Forward `images` and check that the output fits the data.
+
+    Raises:
+        ConfigError: the model refuses the pictures or gives other outputs than classes.
+    """
+    shape = tuple(images.shape)
+    try:
+        logits = model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "
+            f"width): {first}. Make the model fit the data (model.args), or the data the model"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model.factory={factory} returned {what} for pictures {shape}: it must return logits "
+            f"of shape ({shape[0]}, {num_classes})"
+        )
+    if logits.shape[1] != num_classes:
+        raise ConfigError(
+            f"model.factory={factory} gives {logits.shape[1]} outputs, the data have {num_classes} "
+            "classes: let the factory use its argument num_classes, or drop a number of classes "
+            "from model.args"
+        )
+    return logits
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

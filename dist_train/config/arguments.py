@@ -1,0 +1,71 @@
+"""The command line of a run: overrides and a few options, and how a mistake is told."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train.config.compose import compose, describe
+from dist_train.config.schema import Config, ConfigError
+
+VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    config: Config
+    text: str | None = None  # to be printed instead of training
+    dry_run: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override] # raises instead of exiting
+        raise ConfigError(f"{message}: see --help")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `python -m dist_train` and `dist-train run` share."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra's grammar")
+    parser.add_argument("--config", type=Path, help="start from a run's config.yaml")
+    parser.add_argument("--config-dir", type=Path, help="a folder with your own groups")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting and where it came from"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would happen; trains nothing"
+    )
+
+
+def parse(argv: list[str]) -> Request:
+    """Compose and check what `argv` asks for, without torch.
+
+    Raises:
+        ConfigError: in one line, what is wrong and how to mend it.
+    """
+    parser = _Parser(prog="python -m dist_train", description="One rank of a training.")
+    add_run_options(parser)
+    options = parser.parse_intermixed_args(argv)
+    composed = compose(options.overrides, config_dir=options.config_dir, config_file=options.config)
+    text = describe(composed) if options.print_config else None
+    return Request(config=composed.config, text=text, dry_run=options.dry_run)
+
+
+def refuse(message: str, exit_code: int, *, speak: bool) -> int:
+    """Tell the user's mistake in one line on standard error; returns the process's exit code.
+
+    Under `dist-train run` the code goes through a file and this process ends with 0: torchrun
+    would neither keep the code nor be quiet about it.
+    """
+    line = " ".join(message.split())
+    if speak:
+        sys.stderr.write(f"dist-train: error: {line}\n")
+        sys.stderr.flush()
+    verdict = os.environ.get(VERDICT_VARIABLE)
+    if not verdict:
+        return exit_code
+    Path(verdict).write_text(json.dumps({"exit_code": exit_code, "reason": line}))
+    return 0

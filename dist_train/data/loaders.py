@@ -1,0 +1,118 @@
+"""From the configuration to batches: the source, the validation split, and the loader that fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dist_train.config import Config, ConfigError
+from dist_train.data.batch import Batch
+from dist_train.data.memory_loader import MemoryLoader
+from dist_train.data.pictures import Pictures, Source
+from dist_train.data.sources import load_source
+from dist_train.data.worker_dataset import WorkerPictures
+from dist_train.data.worker_loader import WorkerLoader
+from dist_train.distributed import Ranks
+from dist_train.order import GlobalOrderSampler, seed_of
+
+
+class Loader(Protocol):
+    """What the loop needs of a data path."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def train_batches(
+        self, sampler: GlobalOrderSampler, first_step: int, last_step: int
+    ) -> Iterator[Batch]: ...
+
+    def num_eval_batches(self, split: str) -> int: ...
+
+    def eval_batches(
+        self, split: str, rank: int, world_size: int
+    ) -> Iterator[tuple[int, Batch]]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """The pictures of a run: train, validation and test never overlap."""
+
+    name: str  # `dataset` of every result
+    classes: tuple[str, ...]
+    notice: str | None
+    num_train: int
+    num_val: int
+    num_test: int
+    loader: Loader
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def eval_split(self) -> str:
+        """Return the split that is evaluated during training."""
+        return "val" if self.num_val else "test"
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return what must be the same when a run is resumed."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "num_train": self.num_train,
+            "num_val": self.num_val,
+            "num_test": self.num_test,
+        }
+
+
+def open_data(config: Config, ranks: Ranks) -> Data:
+    """Load the source on each node, one process first, and put the loader on it. Collective.
+
+    Raises:
+        ConfigError: a missing or damaged file, or nodes that see different data; on all ranks.
+    """
+    source = ranks.first_of_node_first(lambda: load_source(config.data))
+    names = ranks.gather((source.name, len(source.train), len(source.test)))
+    odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if odd is not None:
+        raise ConfigError(
+            f"rank {odd} sees other data {names[odd]} than rank 0 {names[0]}: give every node the "
+            "same files (data.root), or set data.name so that none falls back"
+        )
+    train, val = split_indices(len(source.train), config.data.val_fraction, config.seed)
+    return ranks.together(lambda: _make(config, source, train, val, ranks))
+
+
+def split_indices(num: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted indices of the training and the validation part: disjoint, by the seed."""
+    count = round(num * val_fraction)
+    order = np.random.Generator(np.random.Philox(key=seed_of(seed, 5))).permutation(num)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ranks: Ranks) -> Data:
+    test = np.arange(len(source.test))
+    if isinstance(source.train, Pictures) and isinstance(source.test, Pictures):
+        if source.train.images.shape[1:] != source.test.images.shape[1:]:
+            raise ConfigError(
+                f"{source.name}: training pictures are {source.train.images.shape[1:]} (height, "
+                f"width, channels), test pictures {source.test.images.shape[1:]}: set "
+                "data.loader=workers, which brings them to one size"
+            )
+        pictures = {"val": (source.train, val), "test": (source.test, test)}
+        loader: Loader = MemoryLoader(source.train, pictures, train, config.data, ranks.device)
+    else:
+        assert isinstance(source.train, WorkerPictures)
+        assert isinstance(source.test, WorkerPictures)
+        parts = {"val": (source.train, val), "test": (source.test, test)}
+        loader = WorkerLoader(source.train, parts, train, config.data, ranks.device)
+    return Data(
+        name=source.name,
+        classes=source.classes,
+        notice=source.notice,
+        num_train=len(train),
+        num_val=len(val),
+        num_test=len(test),
+        loader=loader,
+    )

@@ -1,0 +1,168 @@
+"""Batches from pictures in memory: gathered and augmented whole, on the device if it is a GPU.
+
+Legend: n pictures, h height, w width, c channels.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_train.config import DataConfig
+from dist_train.data.batch import Batch, mix, plan_mixing
+from dist_train.data.pictures import Pictures
+from dist_train.order import GlobalOrderSampler, sample_uniform, seed_of
+
+
+class MemoryLoader:
+    """Serves a training split and evaluation splits from uint8 tensors."""
+
+    def __init__(
+        self,
+        train: Pictures,
+        splits: dict[str, tuple[Pictures, np.ndarray]],
+        train_indices: np.ndarray,
+        config: DataConfig,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._train_indices = train_indices
+        self._images = _resident(train.images, device)  # (num, h, w, c) uint8
+        self._labels = _resident(train.labels, device)
+        same = {
+            name: self._images if part is train else _resident(part.images, device)
+            for name, (part, _) in splits.items()
+        }
+        self._splits = {
+            name: (same[name], _resident(part.labels, device), indices)
+            for name, (part, indices) in splits.items()
+        }
+        mean, std = config.mean, config.std
+        if mean is None or std is None:
+            mean, std = _statistics(train.images, train_indices)
+        height, width, channels = train.images.shape[1:]
+        if len(mean) not in (1, channels):
+            raise ValueError(f"data.mean has {len(mean)} values for {channels} channels")
+        # One fused multiply-add a picture: (x / 255 - mean) / std.
+        shape = (height, width, channels)
+        std_t, mean_t = torch.tensor(std, device=device), torch.tensor(mean, device=device)
+        self._scale = (1 / (255 * std_t)).expand(shape).contiguous()
+        self._shift = (-mean_t / std_t).expand(shape).contiguous()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of every batch."""
+        height, width, channels = self._images.shape[1:]
+        return channels, height, width
+
+    def train_batches(
+        self, sampler: GlobalOrderSampler, first_step: int, last_step: int
+    ) -> Iterator[Batch]:
+        """Yield this rank's batch of every step in [first_step, last_step)."""
+        mixed = self._config.mixup > 0 or self._config.cutmix > 0
+        for step in range(first_step, last_step):
+            share = sampler.take(step)
+            key = seed_of(sampler.seed, sampler.generation, share.epoch, 3)
+            if not mixed:
+                images, labels = self._augmented(self._train_indices[share.indices], key)
+                yield Batch(
+                    images=images,
+                    labels=labels,
+                    first_position=share.first_position,
+                    global_size=share.global_size,
+                )
+                continue
+            mixing = plan_mixing(
+                self._config, share, seed=sampler.seed, generation=sampler.generation
+            )
+            wanted = share.global_indices[mixing.positions]
+            images, labels = self._augmented(self._train_indices[wanted], key)
+            yield mix(images, labels, mixing, share)
+
+    def num_eval_batches(self, split: str) -> int:
+        """Return how many batches a split is cut into."""
+        return -(-len(self._splits[split][2]) // self._config.eval_batch_size)
+
+    def eval_batches(self, split: str, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (number, batch) of every world_size-th batch of a split; the same cut for all."""
+        images, labels, indices = self._splits[split]
+        size = self._config.eval_batch_size
+        for number in range(rank, self.num_eval_batches(split), world_size):
+            rows = torch.from_numpy(indices[number * size : (number + 1) * size]).to(self._device)
+            yield number, Batch(images=self._normalised(images[rows]), labels=labels[rows])
+
+    def _augmented(self, indices: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
+        """Crop, flip and cut out each picture by its own random numbers, then normalise."""
+        config, device = self._config, self._device
+        height, width = self._images.shape[1:3]
+        draw = torch.from_numpy(sample_uniform(key, indices, 5).astype(np.float32))
+        rows_of = torch.from_numpy(indices)
+        if device.type == "cuda":
+            draw = draw.pin_memory().to(device, non_blocking=True)
+            rows_of = rows_of.pin_memory().to(device, non_blocking=True)
+        y = torch.arange(height, device=device).expand(len(indices), height)
+        x = torch.arange(width, device=device).expand(len(indices), width)
+        if config.flip:
+            x = torch.where(draw[:, 2:3] < 0.5, x.flip(1), x)
+        if config.crop_padding:
+            choices = 2 * config.crop_padding + 1
+            y = _reflect(y + (draw[:, 0:1] * choices).long() - config.crop_padding, height)
+            x = _reflect(x + (draw[:, 1:2] * choices).long() - config.crop_padding, width)
+        pixels = self._images[rows_of[:, None, None], y[:, :, None], x[:, None, :]]
+        images = self._normalised(pixels)
+        if config.cutout:
+            inside = _square(draw[:, 3], height, config.cutout)[:, :, None]
+            inside = inside & _square(draw[:, 4], width, config.cutout)[:, None, :]
+            images.masked_fill_(inside[:, None], 0.0)
+        return images, self._labels[rows_of]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(n, h, w, c) uint8 -> (n, c, h, w) float32, channels last in memory."""
+        return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
+
+
+def _resident(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return the array as a tensor on the device; on the CPU it shares the array's memory."""
+    if not array.flags.writeable and device.type == "cpu":
+        # torch warns of read-only memory; nothing here writes to it.
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(array)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Mirror indices beyond the edges without repeating the edge pixel."""
+    if size == 1:
+        return torch.zeros_like(index)
+    period = 2 * (size - 1)
+    index = index.remainder(period)
+    return torch.where(index >= size, period - index, index)
+
+
+def _square(draw: Tensor, size: int, side: int) -> Tensor:
+    """Return (n, size) bool: `side` pixels around a random centre, cut at the edges."""
+    first = (draw * size).long()[:, None] - side // 2
+    pixel = torch.arange(size, device=draw.device)[None]
+    return (pixel >= first) & (pixel < first + side)
+
+
+def _statistics(images: np.ndarray, indices: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return mean and deviation per channel, 0..1, of up to 10,000 evenly spaced pictures."""
+    chosen = indices[:: max(1, -(-len(indices) // 10_000))]
+    channels = images.shape[-1]
+    total = np.zeros(channels, dtype=np.int64)
+    squares = np.zeros(channels, dtype=np.int64)
+    count = 0
+    for start in range(0, len(chosen), 500):
+        pixels = images[chosen[start : start + 500]].reshape(-1, channels).astype(np.int64)
+        total += pixels.sum(axis=0)
+        squares += (pixels * pixels).sum(axis=0)
+        count += len(pixels)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean * mean, 1.0))
+    return (mean / 255).tolist(), (deviation / 255).tolist()

@@ -1,0 +1,134 @@
+"""Batches through torch's DataLoader: for pictures that do not fit in memory or are uneven."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dist_train.config import DataConfig
+from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
+from dist_train.data.worker_dataset import WorkerPictures
+from dist_train.order import GlobalOrderSampler, StepShare, seed_of
+
+# Of the ImageNet training pictures: what pretrained torchvision models expect.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Keys = list[tuple[int, int | None]]
+
+
+class WorkerLoader:
+    """Serves a training split and evaluation splits through worker processes."""
+
+    def __init__(
+        self,
+        train: WorkerPictures,
+        splits: dict[str, tuple[WorkerPictures, np.ndarray]],
+        train_indices: np.ndarray,
+        config: DataConfig,
+        device: torch.device,
+    ) -> None:
+        self._train = train
+        self._train_indices = train_indices
+        self._splits = splits
+        self._config = config
+        self._device = device
+        mean = torch.tensor(config.mean or IMAGENET_MEAN, device=device).view(1, -1, 1, 1)
+        std = torch.tensor(config.std or IMAGENET_STD, device=device).view(1, -1, 1, 1)
+        self._mean, self._std = 255 * mean, 255 * std
+        first, _ = train[(int(train_indices[0]), 0)]
+        channels, height, width = first.shape
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+
+    def train_batches(
+        self, sampler: GlobalOrderSampler, first_step: int, last_step: int
+    ) -> Iterator[Batch]:
+        """Yield this rank's batch of every step in [first_step, last_step)."""
+        plan = _StepKeys(sampler, self._train_indices, self._config, first_step, last_step)
+        for step, (images, labels) in enumerate(self._load(self._train, plan), first_step):
+            share, mixing, _ = plan.step(step)
+            images, labels = self._on_device(images), labels.to(self._device, non_blocking=True)
+            if mixing is not None:
+                yield mix(images, labels, mixing, share)
+                continue
+            yield Batch(
+                images=images,
+                labels=labels,
+                first_position=share.first_position,
+                global_size=share.global_size,
+            )
+
+    def num_eval_batches(self, split: str) -> int:
+        """Return how many batches a split is cut into."""
+        return -(-len(self._splits[split][1]) // self._config.eval_batch_size)
+
+    def eval_batches(self, split: str, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (number, batch) of every world_size-th batch of a split; the same cut for all."""
+        pictures, indices = self._splits[split]
+        size = self._config.eval_batch_size
+        numbers = range(rank, self.num_eval_batches(split), world_size)
+        keys: list[Keys] = [
+            [(int(i), None) for i in indices[n * size : (n + 1) * size]] for n in numbers
+        ]
+        for number, (images, labels) in zip(numbers, self._load(pictures, keys), strict=True):
+            labels = labels.to(self._device, non_blocking=True)
+            yield number, Batch(images=self._on_device(images), labels=labels)
+
+    def _load(
+        self, pictures: WorkerPictures, keys: "_StepKeys | list[Keys]"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        workers = self._config.num_workers
+        return iter(
+            DataLoader(
+                pictures,
+                batch_sampler=keys,
+                num_workers=workers,
+                pin_memory=self._device.type == "cuda",
+                # a fork after torch has started its threads may deadlock
+                multiprocessing_context="forkserver" if workers else None,
+            )
+        )
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
+        images = images.to(self._device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = (images.float() - self._mean) / self._std
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+class _StepKeys:
+    """The (index, seed) keys of each step, as a batch sampler."""
+
+    def __init__(
+        self,
+        sampler: GlobalOrderSampler,
+        train_indices: np.ndarray,
+        config: DataConfig,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        self._sampler = sampler
+        self._train_indices = train_indices
+        self._config = config
+        self._steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Keys]:
+        for step in self._steps:
+            yield self.step(step)[2]
+
+    def step(self, step: int) -> tuple[StepShare, Mixing | None, Keys]:
+        """Return a step's share, its mixing and the keys to load for it."""
+        sampler, config = self._sampler, self._config
+        share, mixing, wanted = sampler.take(step), None, None
+        if config.mixup > 0 or config.cutmix > 0:
+            mixing = plan_mixing(config, share, seed=sampler.seed, generation=sampler.generation)
+            wanted = share.global_indices[mixing.positions]
+        indices = self._train_indices[share.indices if wanted is None else wanted]
+        seed, generation = sampler.seed, sampler.generation
+        keys: Keys = [(int(i), seed_of(seed, generation, share.epoch, int(i), 4)) for i in indices]
+        return share, mixing, keys

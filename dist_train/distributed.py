@@ -1,0 +1,367 @@
+"""The ranks: their place, device and process groups, and collectives by name.
+
+Every collective here is called by all ranks in the same order. With one process and no launcher
+there is no process group and each of them is the identity.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from dist_train.config import Config, ConfigError
+from dist_train.config.check import check_world
+from dist_train.config.identity import full_hash
+from dist_train.layout import Layout, Registration, check_registrations, detect_layout
+
+T = TypeVar("T")
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed in a part of the start that all ranks take together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    attempt: int
+    launcher: str
+    chain: str
+    device: torch.device
+    control: dist.ProcessGroup | None  # gloo, for decisions; None: no process group at all
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks, in place, on the training group. Collective."""
+        if self.control is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def control_sum(self, values: Tensor) -> Tensor:
+        """Sum a CPU tensor over the ranks, in place, without touching the device. Collective."""
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Say whether `flag` holds on at least one rank. Collective."""
+        return bool(self.control_sum(torch.tensor(float(flag))).item() > 0)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with rank 0's, on the training group. Collective."""
+        if self.control is not None:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's picklable `value`, in rank order, on all ranks. Collective."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return rank 0's `make()` on all ranks; its failure fails all. Collective."""
+        value = self.together(make if self.rank == 0 else lambda: None)
+        box: list[Any] = [value]
+        if self.control is not None:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Return rank 0's `data` on all ranks. Collective."""
+        if self.control is None:
+            assert data is not None, "rank 0 gives the bytes"
+            return data
+        size = torch.tensor(len(data) if data is not None else 0)
+        dist.broadcast(size, src=0, group=self.control)
+        box = torch.empty(int(size), dtype=torch.uint8)
+        if data is not None:
+            box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(box, src=0, group=self.control)
+        return box.numpy().tobytes()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if it fails on any, fail on all at once. Collective.
+
+        Raises:
+            ConfigError: some rank raised one: the lowest such rank's.
+            RankFailedError: another rank raised something else; the culprit raises its own error.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            if self.control is None:
+                raise
+            failure = error
+        told = None if failure is None else (isinstance(failure, ConfigError), str(failure))
+        for rank, news in enumerate(self.gather(told)):
+            if news is None:
+                continue
+            if rank == self.rank and failure is not None:
+                raise failure
+            mistake, text = news
+            raise ConfigError(text) if mistake else RankFailedError(f"rank {rank} failed: {text}")
+        return result  # type: ignore[return-value] # every rank succeeded
+
+    def first_of_node_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on each node's first rank, then on the others. Collective.
+
+        For downloads and caches: one process of a node does it, the rest find it done.
+        """
+        first = self.local_rank == 0
+        result = self.together(work if first else lambda: None)
+        others = self.together(work if not first else lambda: None)
+        return result if first else others  # type: ignore[return-value] # of one of the two
+
+
+@contextlib.contextmanager
+def start_ranks(config: Config) -> Iterator[Ranks]:
+    """Find this process's place, bind its device and join the others. Collective.
+
+    Raises:
+        ConfigError: the launcher's variables or the table of ranks make no sense; on all ranks.
+    """
+    layout = detect_layout(os.environ)
+    check_world(config, layout.world_size)
+    device, device_name, error = torch.device("cpu"), "cpu", None
+    try:
+        device, device_name = _bind_device(config, layout)
+        _check_precision(config, device)
+    except ConfigError as mistake:
+        error = str(mistake)
+    _set_determinism(config)
+    torch.set_num_threads(threads_of(config.threads, layout, os.environ))
+    if layout.launcher == "single":
+        if error is not None:
+            raise ConfigError(error)
+        yield _ranks(layout, device, None)
+        return
+    start = timedelta(seconds=config.parallel.start_timeout_sec)
+    store = _store(layout, start)
+    _register(store, layout, config, device_name, error)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout=start,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        control = dist.new_group(backend="gloo", timeout=start)
+        assert isinstance(control, dist.ProcessGroup)
+        yield _ranks(layout, device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def shorten_timeouts(ranks: Ranks, seconds: float) -> None:
+    """After the first step: a collective that takes this long is a failure, not a slow start."""
+    if ranks.control is None:
+        return
+    newer = getattr(dist, "set_timeout", None)  # public from torch 2.15 on
+    set_timeout = newer or dist.distributed_c10d._set_pg_timeout
+    for group in (dist.group.WORLD, ranks.control):
+        set_timeout(timedelta(seconds=seconds), group)
+
+
+def threads_of(asked: int | None, layout: Layout, env: Any) -> int:
+    """Return the number of threads of this rank: the key, else OMP_NUM_THREADS, else a fair share.
+
+    torchrun sets OMP_NUM_THREADS=1 by itself when it starts several ranks; that 1 is not a wish.
+    """
+    if asked is not None:
+        return asked
+    set_by_user = env.get("OMP_NUM_THREADS", "")
+    by_torchrun = layout.launcher == "torchrun" and layout.local_world_size > 1
+    if set_by_user.isdigit() and not (set_by_user == "1" and by_torchrun):
+        return max(1, int(set_by_user))
+    return max(1, len(os.sched_getaffinity(0)) // layout.local_world_size)
+
+
+def _ranks(layout: Layout, device: torch.device, control: dist.ProcessGroup | None) -> Ranks:
+    return Ranks(
+        rank=layout.rank,
+        local_rank=layout.local_rank,
+        world_size=layout.world_size,
+        local_world_size=layout.local_world_size,
+        attempt=layout.attempt,
+        launcher=layout.launcher,
+        chain=layout.chain,
+        device=device,
+        control=control,
+    )
+
+
+def _store(layout: Layout, timeout: timedelta) -> Store:
+    """Return the store under a prefix of this attempt's own.
+
+    Restarted ranks would otherwise read the dead generation's addresses from torchrun's store.
+    """
+    serve = layout.rank == 0 and not layout.store_is_served
+    try:
+        store = TCPStore(
+            layout.master_addr,
+            layout.master_port,
+            world_size=None if layout.store_is_served else layout.world_size,
+            is_master=serve,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        address = f"{layout.master_addr}:{layout.master_port}"
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise ConfigError(
+                f"port {layout.master_port} is taken on {layout.master_addr}: choose another with "
+                "--master-port or MASTER_PORT, or use torchrun --standalone on one machine"
+            ) from None
+        raise ConfigError(
+            f"cannot reach rank 0's store at {address} within {timeout.total_seconds():.0f} s: "
+            "check MASTER_ADDR or --rdzv-endpoint, the network and the firewall"
+        ) from None
+    return PrefixStore(f"dist_train/attempt_{layout.attempt}", store)
+
+
+def _register(
+    store: Store, layout: Layout, config: Config, device_name: str, error: str | None
+) -> None:
+    """Tell rank 0 who we are, and take its verdict on the whole table. Collective."""
+    entry = Registration(
+        rank=layout.rank,
+        local_rank=layout.local_rank,
+        world_size=layout.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=device_name,
+        config_hash=full_hash(config),
+        versions=f"torch {torch.__version__}, Python {platform.python_version()}",
+        error=error,
+    )
+    line = json.dumps(dataclasses.asdict(entry))
+    slot = store.add(f"came/{layout.rank}", 1)  # a second process with this rank gets 2
+    store.set(f"rank/{layout.rank}/{slot}", line)
+    if layout.rank == 0 and slot == 1:
+        table = []
+        for rank in range(layout.world_size):
+            with contextlib.suppress(RuntimeError):  # waited the whole time: reported as missing
+                store.wait([f"rank/{rank}/1"])
+                came = store.add(f"came/{rank}", 0)
+                for n in range(1, came + 1):
+                    text = store.get(f"rank/{rank}/{n}").decode()
+                    table.append(Registration(**json.loads(text)))
+        store.set("verdict", check_registrations(table, layout.world_size) or "")
+    try:
+        verdict = store.get("verdict").decode()
+    except RuntimeError:
+        raise ConfigError(
+            f"rank 0 of {layout.world_size} did not come within "
+            f"{config.parallel.start_timeout_sec:.0f} s: start it, or raise "
+            "parallel.start_timeout_sec"
+        ) from None
+    if verdict:
+        store.add("verdict_read", 1)
+        if layout.rank == 0 and not layout.store_is_served:
+            _wait_for_readers(store, layout.world_size)
+        raise ConfigError(verdict)
+
+
+def _wait_for_readers(store: Store, world_size: int) -> None:
+    """Keep the store that this process serves until the others have read the verdict."""
+    end = time.monotonic() + 5.0
+    while store.add("verdict_read", 0) < world_size and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
+    """Return this rank's device and the name that is unique to it on the host."""
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if gpus == 0:
+        if config.device == "cuda":
+            raise ConfigError(
+                "device=cuda, but torch sees no GPU: install a driver and a CUDA build of torch, "
+                "or set device=cpu"
+            )
+        return torch.device("cpu"), "cpu"
+    index = 0 if gpus == 1 and layout.local_world_size == 1 else layout.local_rank
+    if gpus == 1 and layout.launcher == "slurm":
+        index = 0  # --gpus-per-task=1 shows each task its own GPU as number 0
+    if index >= gpus:
+        raise ConfigError(
+            f"local rank {layout.local_rank} has no GPU: {gpus} visible, "
+            f"{layout.local_world_size} processes on this node: start at most {gpus} "
+            "(--nproc-per-node), or set device=cpu"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    properties = torch.cuda.get_device_properties(device)
+    if config.parallel.numa_binding:
+        _bind_numa(properties)
+    return device, str(getattr(properties, "uuid", index))
+
+
+def _bind_numa(properties: Any) -> None:
+    """Run this process on the cores of its GPU's NUMA node (Linux sysfs)."""
+    place = (
+        f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}"
+    )
+    try:
+        with open(f"/sys/bus/pci/devices/{place}.0/local_cpulist") as file:
+            ranges = [part.split("-") for part in file.read().strip().split(",") if part]
+    except OSError as error:
+        raise ConfigError(
+            f"parallel.numa_binding=true, but the GPU's cores cannot be read: {error}"
+        ) from None
+    cores = {c for r in ranges for c in range(int(r[0]), int(r[-1]) + 1)}
+    usable = cores & os.sched_getaffinity(0)
+    if usable:
+        os.sched_setaffinity(0, usable)
+
+
+def _check_precision(config: Config, device: torch.device) -> None:
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32")
+    if config.parallel.sync_batchnorm and device.type == "cpu":
+        raise ConfigError(
+            "parallel.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm refuses CPU tensors"
+        )
+    if config.precision == "bf16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ConfigError(
+                f"precision=bf16 needs a GPU of compute capability 8.0 or newer, this one is "
+                f"{major}.{minor}: use precision=fp16"
+            )
+
+
+def _set_determinism(config: Config) -> None:
+    if config.deterministic:
+        # Read by cuBLAS when its handle is made, by NCCL when a communicator is.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NCCL_PROTO", "Simple")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic

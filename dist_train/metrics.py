@@ -1,0 +1,137 @@
+"""Sums of a run's numbers: kept on the device, reduced over the ranks once an interval.
+
+The stop flags of all ranks and rank 0's next interval ride in the same packed reduction.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train.distributed import Ranks
+from dist_train.plan import Plan
+from dist_train.progress import Progress
+
+AGREE_EVERY_SEC = 0.5  # how long a stop request may wait for the next reduction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """Sums over all ranks since the last line of metrics."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    samples: float = 0.0
+
+
+class Meter:
+    """Collects the sums of the steps and says when the ranks meet to add them up."""
+
+    def __init__(self, ranks: Ranks, plan: Plan) -> None:
+        self._ranks = ranks
+        self._plan = plan
+        # loss, correct, samples; float64 so that sums do not depend on how they are grouped
+        self._sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        self.totals = Totals()
+        self._interval = 1
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Set the clocks going at `step`."""
+        self._last_meeting = self._line_start = step
+        self._clock, self._line_clock = _Clock(), _Clock()
+
+    def add(self, sums: Tensor) -> None:
+        """Add one step's sums, (3,) float64 on the device: loss, correct, samples."""
+        self._sums += sums
+
+    def meeting_due(self, step: int) -> bool:
+        """Say whether the ranks meet after `step` steps: the same answer on all of them."""
+        return step >= min(
+            self._last_meeting + self._interval, self._plan.next_event(self._last_meeting)
+        )
+
+    def meet(self, progress: Progress, *, stopping: bool) -> bool:
+        """Add up the sums of all ranks; returns whether any wants to stop. Collective, waits.
+
+        Args:
+            progress: counters; its training time is brought up to date.
+            stopping: whether this rank was asked to stop.
+        """
+        step, sec = progress.step, self._clock.elapsed()
+        progress.train_sec += sec
+        per_step = max(1e-9, sec / max(1, step - self._last_meeting))
+        wish = max(1, min(self._plan.log_every, int(AGREE_EVERY_SEC / per_step)))
+        flags = torch.tensor(
+            [float(stopping), float(wish if self._ranks.rank == 0 else 0)],
+            dtype=torch.float64,
+            pin_memory=self._ranks.device.type == "cuda",
+        )
+        packed = torch.cat([self._sums, flags.to(self._ranks.device, non_blocking=True)])
+        loss, correct, samples, stops, interval = self._ranks.all_reduce(packed).tolist()
+        self._sums.zero_()
+        self.totals = Totals(
+            loss=self.totals.loss + loss,
+            correct=self.totals.correct + correct,
+            samples=self.totals.samples + samples,
+        )
+        self._interval = int(interval)
+        self._last_meeting = step
+        self._clock = _Clock()
+        return stops > 0
+
+    def line(self, progress: Progress) -> dict[str, float]:
+        """Return the metrics since the last line and begin anew; call it after `meet`."""
+        totals, sec = self.totals, self._line_clock.elapsed()
+        steps = max(1, progress.step - self._line_start)
+        count = totals.samples or math.nan
+        record = {
+            "train/loss": totals.loss / count,
+            "train/accuracy": totals.correct / count,
+            "train/skipped_steps": progress.skipped_steps,
+            "perf/images_per_sec": steps * self._plan.global_batch_size / max(sec, 1e-9),
+            "perf/step_sec": sec / steps,
+        }
+        self.totals = Totals()
+        self._line_clock = _Clock()
+        self._line_start = progress.step
+        return record
+
+    def pause(self) -> None:
+        """Stop the clocks: what follows (evaluation, saving) is no training."""
+        self._clock.pause()
+        self._line_clock.pause()
+
+    def resume(self) -> None:
+        """Let the clocks run on."""
+        self._clock.resume()
+        self._line_clock.resume()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums that the next line needs; call it right after `meet`."""
+        return asdict(self.totals)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up the sums of the steps before a resume."""
+        self.totals = Totals(**state)
+
+
+class _Clock:
+    """Seconds since it was made, without its pauses."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._paused_at: float | None = None
+
+    def pause(self) -> None:
+        self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        if self._paused_at is not None:
+            self._start += time.monotonic() - self._paused_at
+            self._paused_at = None
+
+    def elapsed(self) -> float:
+        return (self._paused_at or time.monotonic()) - self._start

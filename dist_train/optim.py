@@ -1,0 +1,127 @@
+"""Optimizers, the learning rate as a function of the step, and the average of the weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import OptimConfig
+from dist_train.plan import Plan
+
+ONE_CYCLE_START = 1 / 25  # of the peak; Smith & Topin 2018, arXiv:1708.07120
+ONE_CYCLE_WARMUP = 0.3  # of the run, if no warm-up is set
+
+
+def peak_learning_rate(config: OptimConfig, global_batch_size: int) -> float:
+    """Return optim.lr scaled with the global batch (linear: Goyal et al. 2017, 1706.02677)."""
+    ratio = global_batch_size / config.lr_base_batch_size
+    return config.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
+
+
+def learning_rate(step: int, config: OptimConfig, plan: Plan) -> float:
+    """Return the learning rate of `step`, counted from 0: a pure function, nothing is remembered.
+
+    linear and cosine (Loshchilov & Hutter 2017, arXiv:1608.03983) warm up linearly to the peak and
+    fall to `final_lr_fraction` of it; one_cycle rises and falls along half cosines.
+    """
+    peak = peak_learning_rate(config, plan.global_batch_size)
+    final = peak * config.final_lr_fraction
+    warmup, total = plan.warmup_steps, plan.total_steps
+    if config.schedule == "one_cycle":
+        warmup = warmup or round(ONE_CYCLE_WARMUP * total)
+        if step < warmup:
+            return _half_cosine(peak * ONE_CYCLE_START, peak, step / warmup)
+        return _half_cosine(peak, final, _progress(step, warmup, total))
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return peak
+    progress = _progress(step, warmup, total)
+    if config.schedule == "linear":
+        return peak + (final - peak) * progress
+    return _half_cosine(peak, final, progress)
+
+
+def _progress(step: int, warmup: int, total: int) -> float:
+    return min(1.0, (step - warmup) / max(1, total - warmup))
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make the fused optimizer, its momentum already zeros.
+
+    A fused SGD whose very first step is skipped would take uninitialised memory as momentum.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in params if config.decay_norms_and_biases or p.ndim > 1]
+    kept = {id(p) for p in decayed}
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in params if id(p) not in kept], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+    )
+    if config.momentum > 0:
+        for param in params:
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Write `lr` into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Ema:
+    """Exponential moving average of the weights (Polyak & Juditsky 1992), warmed up at the start.
+
+    The decay of a step is min(decay, (1 + step) / (10 + step)). Buffers are not averaged: an
+    evaluation with these weights uses the model's own BatchNorm statistics.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self.params = list(model.parameters())
+        self.average = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step: int, keep: Tensor | None = None) -> None:
+        """Move the average towards the weights.
+
+        Args:
+            step: the step just taken.
+            keep: 0-d, 1.0 leaves the average as it is (the step was skipped on the device).
+        """
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        if keep is None:  # one kernel for all of them
+            torch._foreach_lerp_(self.average, self.params, weight)  # pyright: ignore # as torch's optimizers do
+            return
+        for average, param in zip(self.average, self.params, strict=True):
+            average.lerp_(param, weight * (1 - keep))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights with the average; a second call undoes the first."""
+        for param, average in zip(self.params, self.average, strict=True):
+            held = param.detach().clone()
+            param.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return {parameter name: average}."""
+        return dict(zip(self.names, self.average, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the averages over from `state`."""
+        for name, average in zip(self.names, self.average, strict=True):
+            average.copy_(state[name])

@@ -1,0 +1,74 @@
+"""How long, how often, how large: what follows from the configuration and the data's size."""
+
+from dataclasses import dataclass
+
+from dist_train.config import Config, ConfigError
+from dist_train.order import steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The numbers of a run; every period is in steps."""
+
+    num_train: int
+    global_batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    eval_every: int | None
+    save_every: int
+
+    def eval_due(self, step: int) -> bool:
+        """Say whether an evaluation belongs after `step` steps (the last one included)."""
+        periodic = self.eval_every is not None and step % self.eval_every == 0
+        return step > 0 and (periodic or step == self.total_steps)
+
+    def save_due(self, step: int) -> bool:
+        """Say whether a checkpoint belongs after `step` steps (the last one included)."""
+        return step > 0 and (step % self.save_every == 0 or step == self.total_steps)
+
+    def log_due(self, step: int) -> bool:
+        """Say whether a line of metrics belongs after `step` steps."""
+        return step > 0 and (step % self.log_every == 0 or step == self.total_steps)
+
+    def next_event(self, step: int) -> int:
+        """Return the next step after `step` at which something is logged, evaluated or saved."""
+        periods = [self.log_every, self.save_every, *([self.eval_every] if self.eval_every else [])]
+        return min(self.total_steps, *((step // every + 1) * every for every in periods))
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs `step` steps are."""
+        return step / self.steps_per_epoch
+
+
+def make_plan(config: Config, num_train: int) -> Plan:
+    """Derive the plan.
+
+    Raises:
+        ConfigError: the data set is smaller than one global batch.
+    """
+    train, batch = config.train, config.train.global_batch_size
+    per_epoch = steps_per_epoch(num_train, batch, drop_last=train.drop_last)
+    if per_epoch == 0:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is larger than the training split ({num_train} "
+            "samples): lower it, or set train.drop_last=false"
+        )
+    total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
+    warmup = config.optim.warmup_steps
+    if warmup is None:
+        warmup = round(config.optim.warmup_epochs * per_epoch)
+    every = config.eval.every_steps
+    if every is None and config.eval.every_epochs is not None:
+        every = config.eval.every_epochs * per_epoch
+    return Plan(
+        num_train=num_train,
+        global_batch_size=batch,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=min(warmup, max(0, total - 1)),
+        log_every=config.log_every,
+        eval_every=every,
+        save_every=config.checkpoint.every_steps or per_epoch,
+    )

@@ -1,0 +1,361 @@
+"""A run's life around the loop: claim its folder, resume, save, report, and end truthfully."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.checkpoint import (
+    CheckpointWriter,
+    load_state,
+    newest_good,
+    read_verified,
+    weights_sha256,
+)
+from dist_train.config import Config, ConfigError
+from dist_train.config.identity import check_same_run, run_dir_of
+from dist_train.data.loaders import Data
+from dist_train.distributed import Ranks
+from dist_train.metrics import Meter
+from dist_train.optim import learning_rate
+from dist_train.plan import Plan
+from dist_train.progress import Progress
+from dist_train.run_folder import RunFolder, cpu_name, read_json
+from dist_train.state import Parts, capture, check_facts, restore, run_facts
+from dist_train.tracking import Trackers, open_trackers
+
+FINAL_CODES = (2, 93)  # of status.json: a restart of the same chain would only repeat them
+
+
+class EarlierFailureError(RuntimeError):
+    """This chain has ended for good before; a restart has nothing to do."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(f"this run ended before, and a restart would only repeat it: {reason}")
+        self.exit_code = exit_code
+
+
+class Run:
+    """One attempt at a run, on every rank; only rank 0's writes and speaks."""
+
+    def __init__(self, config: Config, folder: RunFolder, ranks: Ranks) -> None:
+        self.config = config
+        self.folder = folder
+        self.path = folder.path
+        self.ranks = ranks
+        self.finished: dict[str, Any] | None = None
+        self._facts: dict[str, Any] = {}
+        self._bytes = b""  # of the checkpoint found, on rank 0, until it is handed out
+        self._progress: Progress | None = None
+        self._trackers = Trackers()
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show a line on rank 0's console and keep it in log/rank0.txt."""
+        if self.ranks.rank != 0:
+            return
+        with (self.path / "log" / "rank0.txt").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._trackers.is_open:
+            self._trackers.message(text)
+        else:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def warn(self, *texts: str | None) -> None:
+        """Say each text in a way that nobody misses; None is nothing to say."""
+        for text in filter(None, texts):
+            self.say(f"*** {text} ***")
+
+    def resume(self, parts: Parts, meter: Meter, data: dict[str, Any]) -> Progress:
+        """Take up the newest good checkpoint, or the one asked for, or start anew. Collective.
+
+        The run's own checkpoints win over resume=PATH: a restart continues, it does not start
+        over. Rank 0 reads and verifies; the others get its bytes, so no shared disk is needed.
+
+        Raises:
+            ConfigError: no checkpoint is good, or it does not belong to this run.
+        """
+        self._facts = run_facts(parts, data, cpu_name())
+        found = self.ranks.from_first(self._find_checkpoint)
+        if found is None:
+            self._progress = Progress(patience=self.config.train.early_stop_patience)
+            self._check_space(parts)
+            return self._progress
+        data_bytes = self._bytes if self.ranks.rank == 0 else None
+        state = load_state(self.ranks.broadcast_bytes(data_bytes))
+        self._bytes = b""
+
+        def take_up() -> tuple[Progress, list[str]]:
+            warnings = check_facts(state["facts"], self._facts, found)
+            return restore(state, parts, meter, found), warnings
+
+        progress, warnings = self.ranks.together(take_up)
+        progress.patience = self.config.train.early_stop_patience
+        self._progress = progress
+        self.warn(*warnings)
+        self.say(f"resumed from {found} at step {progress.step}")
+        self.folder.event("resumed", step=progress.step, checkpoint=found, warnings=warnings)
+        self._check_space(parts)
+        return progress
+
+    def _find_checkpoint(self) -> str | None:
+        best = newest_good(self.folder.checkpoints, self.warn)
+        if best is None and self.config.resume not in ("auto", "never"):
+            path = Path(self.config.resume)
+            best = (path, read_verified(path))
+        if best is None:
+            return None
+        self._bytes = best[1]
+        return str(best[0])
+
+    def _check_space(self, parts: Parts) -> None:
+        """Refuse a disk on which the checkpoints to come cannot fit. Collective."""
+        state = capture(parts, Progress(), None, {})
+        size = sum(t.numel() * t.element_size() for t in _tensors(state))
+        keep = self.config.checkpoint.keep_last
+        self.ranks.from_first(lambda: self.folder.check_space(size, keep))
+
+    def load_best(self, parts: Parts, progress: Progress) -> None:
+        """Load the weights of the best validation accuracy. Collective."""
+        path = self.folder.checkpoints / f"step_{progress.best_step:08d}"
+        data = self.ranks.from_first(lambda: read_verified(path))
+        state = load_state(data)
+        parts.replica.module.load_state_dict(state["model"])
+        if parts.ema is not None and state["ema"] is not None:
+            parts.ema.load_state_dict(state["ema"])
+        self.say(f"early stopping: the weights of step {progress.best_step} are taken")
+
+    def open_writer(self, stack: ExitStack) -> CheckpointWriter | None:
+        """Open the checkpoint writer on rank 0; it is closed with `stack`."""
+        if self.ranks.rank != 0:
+            return None
+        writer = CheckpointWriter(
+            self.folder.checkpoints,
+            keep_last=self.config.checkpoint.keep_last,
+            on_error=self._save_failed,
+        )
+        stack.callback(writer.close)
+        return writer
+
+    def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> Trackers:
+        """Open the trackers on rank 0, an empty fan-out elsewhere; closed with `stack`."""
+        if self.ranks.rank == 0:
+            self._trackers = open_trackers(
+                self.config,
+                self.path,
+                restored_step=progress.step,
+                wandb_id=progress.tracker_id,
+                total_steps=plan.total_steps,
+                stream=sys.stdout,
+                warn=self.warn,
+            )
+        stack.callback(lambda: self._trackers.close(exit_code=0))
+        return self._trackers
+
+    def stamp(self, progress: Progress, plan: Plan) -> dict[str, Any]:
+        """Return what every line of metrics begins with."""
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "attempt": self.ranks.attempt,
+            "time": time.time(),
+            "epoch": round(plan.epoch(progress.step), 4),
+            "train/learning_rate": learning_rate(progress.step - 1, self.config.optim, plan),
+        }
+        if self.ranks.device.type == "cuda":
+            record["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return record
+
+    def log_evaluation(
+        self, progress: Progress, plan: Plan, split: str, result: dict[str, float]
+    ) -> None:
+        """Write one line with an evaluation's numbers."""
+        named = {f"eval/{name}": value for name, value in result.items()}
+        self._trackers.log(self.stamp(progress, plan) | {"eval/split": split} | named)
+
+    def save(
+        self, writer: CheckpointWriter | None, parts: Parts, progress: Progress, meter: Meter
+    ) -> None:
+        """Save this step on rank 0 in the background. Not collective."""
+        if writer is None:
+            return
+        progress.wall_sec += self._lap()
+        self.folder.event("saved", step=progress.step)
+        self.folder.set_status("running", step=progress.step)
+        best = progress.best_step if self.config.checkpoint.keep_best else None
+        writer.save(
+            capture(parts, progress, meter, self._facts), step=progress.step, best_step=best
+        )
+
+    def end_preempted(
+        self, writer: CheckpointWriter | None, progress: Progress, reasons: list[str | None]
+    ) -> dict[str, Any]:
+        """Record that the run was stopped and saved. Not collective."""
+        rank, reason = next((r, text) for r, text in enumerate(reasons) if text is not None)
+        if writer is not None and not writer.wait():
+            raise OSError("the run was asked to stop, and its last checkpoint could not be saved")
+        why = f"{reason} on rank {rank}"
+        self.folder.event("preempted", step=progress.step, reason=why)
+        self.folder.set_status("preempted", step=progress.step, exit_code=0, reason=why)
+        self.say(f"stopped at step {progress.step} ({why}) and saved: the same command continues")
+        return {"state": "preempted", "steps": progress.step, "run_dir": str(self.path)}
+
+    def end_finished(
+        self,
+        writer: CheckpointWriter | None,
+        progress: Progress,
+        plan: Plan,
+        data: Data,
+        result: dict[str, float],
+        parts: Parts,
+    ) -> dict[str, Any]:
+        """Write the summary, print its table and record that the run is over. Not collective."""
+        if writer is not None and not writer.wait():
+            self.warn("the last checkpoint is missing; the summary stands")
+        progress.wall_sec += self._lap()
+        sec = progress.train_sec
+        if parts.ema is not None:
+            parts.ema.swap()
+        summary: dict[str, Any] = {
+            "state": "finished",
+            "dataset": data.name,
+            "world_size": self.ranks.world_size,
+            "device": self._facts["device"],
+            "precision": parts.precision,
+            "steps": progress.step,
+            "epochs": round(plan.epoch(progress.step), 4),
+            "global_batch_size": plan.global_batch_size,
+            "samples_seen": progress.samples_seen,
+            "skipped_steps": progress.skipped_steps,
+            "train_images_per_sec": progress.samples_seen / sec if sec > 0 else math.nan,
+            "eval_split": "test",
+            "eval_accuracy": result["accuracy"],
+            "eval_top5": result["top5"],
+            "eval_loss": result["loss"],
+            "eval_samples": int(result["samples"]),
+            "val_accuracy": progress.best_accuracy and progress.last_eval.get("accuracy"),
+            "best_val_accuracy": progress.best_accuracy,
+            "best_step": progress.best_step,
+            "early_stopped": progress.patience_is_over,
+            "wall_sec": progress.wall_sec,
+            "attempt": self.ranks.attempt,
+            "weights_sha256": weights_sha256(parts.replica.module.state_dict()),
+            "torch": torch.__version__,
+            "run_dir": str(self.path),
+        }
+        self.folder.write_summary(summary)
+        self.folder.event("finished", step=progress.step)
+        self.folder.set_status("finished", step=progress.step, exit_code=0)
+        self.show(summary)
+        return summary
+
+    def show(self, summary: dict[str, Any]) -> None:
+        """Print the table that a run ends with."""
+        rate = summary["train_images_per_sec"]
+        best = summary["best_val_accuracy"]
+        rows = [
+            ("dataset", summary["dataset"]),
+            ("test accuracy", f"{summary['eval_accuracy']:.2%} of {summary['eval_samples']:,}"),
+            ("best validation", "no split" if best is None else f"{best:.2%}"),
+            ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps"),
+            ("images/s", f"{rate:,.0f} on {summary['world_size']} x {summary['device']}"),
+            ("precision", summary["precision"]),
+            ("time", f"{summary['wall_sec']:,.0f} s"),
+            ("files", summary["run_dir"]),
+        ]
+        for name, value in rows:
+            self.say(f"  {name:<16} {value}")
+
+    def failed(self, error: BaseException) -> None:
+        """Record why this attempt failed; the first rank to do so is believed."""
+        now = self.folder.read_status()
+        mine = (now.get("chain"), now.get("attempt")) == (self.ranks.chain, self.ranks.attempt)
+        if (now.get("state") == "failed" and mine) or not self.path.is_dir():
+            return
+        code = getattr(error, "exit_code", 1)
+        step = self._progress.step if self._progress else now.get("step", 0)
+        reason = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # the disk may be the reason
+            self.folder.set_status("failed", step=step, exit_code=code, reason=reason)
+            self.folder.event("failed", step=step, reason=reason)
+
+    def _save_failed(self, text: str) -> None:
+        self.warn(text)
+        self.folder.event("save_failed", step=self._progress.step if self._progress else 0)
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        lap, self._started = now - self._started, now
+        return lap
+
+
+@contextlib.contextmanager
+def open_run(config: Config, ranks: Ranks) -> Iterator[Run]:
+    """Claim the run's folder on rank 0 and check that this command may continue it. Collective.
+
+    Raises:
+        ConfigError: not writable, in use, or a run with other settings; on all ranks.
+        EarlierFailureError: this chain of restarts has already ended for good.
+    """
+    folder = RunFolder(run_dir_of(config), ranks)
+    run = Run(config, folder, ranks)
+    try:
+        run.finished = ranks.from_first(lambda: _claim(run))
+        try:
+            yield run
+        except Exception as error:
+            run.failed(error)
+            raise
+    finally:
+        folder.release()
+
+
+def _claim(run: Run) -> dict[str, Any] | None:
+    """Lock, compare and start the folder; returns the summary if there is nothing left to do."""
+    config, folder, ranks = run.config, run.folder, run.ranks
+    folder.claim()
+    run.say(f"run folder: {folder.path}")
+    status = folder.read_status()
+    restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
+    if restarted and status.get("exit_code") in FINAL_CODES:
+        raise EarlierFailureError(str(status.get("reason")), status["exit_code"])
+    saved = folder.saved_config()
+    has_checkpoints = folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step_*"))
+    if saved is not None and has_checkpoints:
+        check_same_run(config, saved, folder.path)
+        if config.resume == "never" and not restarted:
+            raise ConfigError(
+                f"resume=never, but {folder.path} holds checkpoints: choose another run_dir, or "
+                "delete the folder to train from the start"
+            )
+        before = (saved.train.epochs, saved.train.steps)
+        now = (config.train.epochs, config.train.steps)
+        if before == now and status.get("state") == "finished":
+            summary = read_json(folder.path / "summary.json")
+            if summary:
+                run.say("this run is finished; ask for more train.epochs to continue it")
+                run.show(summary)
+                return summary
+        if before != now:
+            run.warn(
+                f"the length changes from (epochs, steps) = {before} to {now}: the learning-rate "
+                "schedule is that of the new length from the resumed step on"
+            )
+            folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
+    folder.write_start(config)
+    folder.set_status("running", step=status.get("step", 0) if has_checkpoints else 0)
+    return None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -1,0 +1,216 @@
+"""A run is a folder: its lock, settings, surroundings, status, events and summary.
+
+Only rank 0 writes. The other ranks hold a folder that writes nothing.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+
+from dist_train import __version__
+from dist_train.config import Config, ConfigError
+from dist_train.config.compose import compose, to_yaml
+from dist_train.distributed import Ranks
+
+State = Literal["running", "finished", "preempted", "failed"]
+PROBE_BYTES = 1 << 20
+
+
+class RunFolder:
+    """The folder of one run, held under a lock by this process's rank 0."""
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._ranks = ranks
+        self._writes = ranks.rank == 0
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Make the folder, prove that it can be written to, and lock it. Rank 0 only.
+
+        The lock is a POSIX record lock: the kernel drops it when its process dies, and forked
+        workers do not inherit it.
+
+        Raises:
+            ConfigError: not writable, no space, or another run holds the lock; says who.
+        """
+        try:
+            (self.path / "log").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+")
+            self._take_lock()
+            probe = self.path / ".probe"
+            try:
+                probe.write_bytes(b"\0" * PROBE_BYTES)
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(_cannot_write(self.path, error)) from None
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise ConfigError(
+                f"run_dir {self.path} is in use by {holder}: wait for it, stop it, or give this "
+                "run another run_dir"
+            ) from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(
+            f"process {os.getpid()} on {socket.gethostname()} "
+            f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def saved_config(self) -> Config | None:
+        """Return the settings that the run was started with, or None for a new run."""
+        path = self.path / "config.yaml"
+        return compose([], config_file=path).config if path.is_file() else None
+
+    def write_start(self, config: Config) -> None:
+        """Write config.yaml and environment.json: what runs, with what, where."""
+        if self._writes:
+            write_atomically(self.path / "config.yaml", to_yaml(config))
+            text = json.dumps(_environment(self._ranks), indent=1)
+            write_atomically(self.path / "environment.json", text)
+
+    def read_status(self) -> dict[str, Any]:
+        """Return status.json, or an empty record."""
+        return read_json(self.path / "status.json")
+
+    def set_status(
+        self, state: State, *, step: int, exit_code: int | None = None, reason: str | None = None
+    ) -> None:
+        """Replace status.json: what the run is doing, or how it ended."""
+        if self._writes or state == "failed":
+            record = {
+                "state": state,
+                "step": step,
+                "reason": reason,
+                "rank": self._ranks.rank,
+                "exit_code": exit_code,
+                "attempt": self._ranks.attempt,
+                "chain": self._ranks.chain,
+                "time": time.time(),
+            }
+            write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """Append one line to events.jsonl."""
+        if self._writes:
+            record = {
+                "event": kind,
+                "step": step,
+                "rank": self._ranks.rank,
+                "attempt": self._ranks.attempt,
+                "time": time.time(),
+                **details,
+            }
+            with (self.path / "events.jsonl").open("ab", buffering=0) as file:
+                file.write(json.dumps(record).encode() + b"\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        if self._writes:
+            write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+
+    def check_space(self, checkpoint_bytes: int, keep: int) -> None:
+        """Refuse to start when the checkpoints to come do not fit on the disk.
+
+        Raises:
+            ConfigError: with the sizes.
+        """
+        needed = checkpoint_bytes * (keep + 2)  # those kept, the best, the one being written
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ConfigError(
+                f"the disk of {self.path} has {free / 2**20:.0f} MiB free, its checkpoints need "
+                f"{needed / 2**20:.0f} MiB: free some space, lower checkpoint.keep_last, or "
+                "choose another run_dir"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; an empty one if it is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    cause = error.strerror or str(error)
+    cure = "choose another run_dir or mend its permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space or choose another run_dir"
+    return f"cannot write to run_dir {path}: {cause}: {cure}"
+
+
+def _environment(ranks: Ranks) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "dist_train": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": ranks.world_size,
+        "launcher": ranks.launcher,
+        "git": _git_state(),
+    }
+
+
+def cpu_name() -> str:
+    """Return the CPU's model: bits may differ between models."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Return commit and cleanliness of the working directory's repository, if it is one."""
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", *words], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "clean": not status.strip()}

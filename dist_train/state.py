@@ -1,0 +1,107 @@
+"""All that survives a stop: what a checkpoint holds, and how a run takes it up again."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dist_train.checkpoint import BadCheckpointError
+from dist_train.config import Config, ConfigError
+from dist_train.metrics import Meter
+from dist_train.optim import Ema
+from dist_train.parallel import Replica
+from dist_train.plan import Plan
+from dist_train.progress import Progress
+from dist_train.recovery import NonFiniteGuard
+
+
+@dataclass(kw_only=True, slots=True)
+class Parts:
+    """What a step works with; all of it but the plan survives in a checkpoint."""
+
+    config: Config
+    plan: Plan
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    ema: Ema | None
+    guard: NonFiniteGuard
+    precision: str  # in force
+
+
+def capture(
+    parts: Parts, progress: Progress, meter: Meter | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the state of a run as tensors and plain values. Not collective, does not copy."""
+    return {
+        "progress": asdict(progress),
+        "model": parts.replica.module.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+        "ema": None if parts.ema is None else parts.ema.state_dict(),
+        "meter": {} if meter is None else meter.state_dict(),
+        "facts": facts,
+    }
+
+
+def restore(state: dict[str, Any], parts: Parts, meter: Meter, origin: str) -> Progress:
+    """Load a state into the parts and return its counters.
+
+    Raises:
+        ConfigError: it belongs to another model, optimizer or form of state.
+    """
+    try:
+        parts.replica.module.load_state_dict(state["model"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+        meter.load_state_dict(state["meter"])
+        if parts.ema is not None:
+            if state["ema"] is None:
+                raise ConfigError(f"{origin} has no averaged weights: unset optim.ema_decay")
+            parts.ema.load_state_dict(state["ema"])
+        if parts.scaler is not None and state["scaler"] is not None:
+            parts.scaler.load_state_dict(state["scaler"])
+    except ConfigError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BadCheckpointError(
+            f"{origin} is of another model or optimizer ({' '.join(lines[:2])[:200]}): set "
+            "model.factory, model.args and optim.name as they were, or use another run_dir"
+        ) from None
+    return progress
+
+
+def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list[str]:
+    """Compare the surroundings of a checkpoint with today's; returns warnings about bits.
+
+    Raises:
+        ConfigError: the data are not those that the run was trained on.
+    """
+    if facts["data"] != now["data"]:
+        changed = [k for k in now["data"] if facts["data"].get(k) != now["data"][k]]
+        what = ", ".join(f"{k} {now['data'][k]} instead of {facts['data'].get(k)}" for k in changed)
+        raise ConfigError(
+            f"{origin} was trained on other data: {what}. Give data.name and data.root as they "
+            "were, or use another run_dir"
+        )
+    return [
+        f"{key} is {now[key]} and was {facts.get(key)}: the bits of the result may differ"
+        for key in now
+        if key != "data" and facts.get(key) != now[key]
+    ]
+
+
+def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
+    """Return the surroundings that decide about bits, and the data's fingerprint."""
+    ranks = parts.replica.ranks
+    return {
+        "data": data,
+        "world_size": ranks.world_size,
+        "parallel.sync": "overlap" if parts.replica.overlap else "flat",
+        "precision": parts.precision,
+        "threads": torch.get_num_threads(),
+        "device": cpu if ranks.device.type == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "train.micro_batch_size": parts.config.train.micro_batch_size,
+    }

@@ -1,0 +1,1 @@
+"""What a loss and a metric are."""

@@ -1,0 +1,41 @@
+"""Picture classification: cross-entropy, top-1 and top-5, as sums over samples.
+
+Legend: n pictures, k classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_train.data.batch import Batch
+
+
+def loss_sum(logits_nk: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy summed over the batch, 0-d float32; mixed labels are weighted."""
+    logits_nk = logits_nk.float()
+    if batch.partner_labels is None or batch.own_weight is None:
+        return F.cross_entropy(
+            logits_nk, batch.labels, reduction="sum", label_smoothing=label_smoothing
+        )
+    own, other = (
+        F.cross_entropy(logits_nk, labels, reduction="none", label_smoothing=label_smoothing)
+        for labels in (batch.labels, batch.partner_labels)
+    )
+    return (batch.own_weight * own + (1 - batch.own_weight) * other).sum()
+
+
+def train_sums(loss: Tensor, logits_nk: Tensor, batch: Batch) -> Tensor:
+    """Return (3,) float64 on the device: summed loss, correct, samples. Does not wait."""
+    correct = (logits_nk.detach().argmax(1) == batch.labels).sum()
+    count = torch.full_like(correct, len(batch))
+    return torch.stack([loss.detach().double(), correct.double(), count.double()])
+
+
+def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
+    """Return (4,) float64 on the device: summed loss, top-1, top-5, samples."""
+    loss = F.cross_entropy(logits_nk.float(), batch.labels, reduction="sum")
+    best = logits_nk.topk(min(5, logits_nk.shape[1]), dim=1).indices == batch.labels[:, None]
+    count = torch.full_like(loss, len(batch))
+    return torch.stack(
+        [loss.double(), best[:, :1].sum().double(), best.sum().double(), count.double()]
+    )
