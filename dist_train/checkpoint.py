@@ -185,8 +185,13 @@ def load_state(data: bytes) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in bytes of unknown origin
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise BadCheckpointError(f"the state cannot be read: {first}") from None
+        told = [
+            line for line in str(error).splitlines() if "error" in line or "Unsupported" in line
+        ]
+        raise BadCheckpointError(
+            f"the state holds more than tensors and plain values, or is damaged: "
+            f"{(told or [repr(error)])[0].strip()[:200]}"
+        ) from None
 
 
 def prune(folder: Path, *, keep_last: int, keep_step: int | None) -> None:

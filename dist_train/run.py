@@ -246,7 +246,7 @@ class Run:
             "wall_sec": progress.wall_sec,
             "attempt": self.ranks.attempt,
             "weights_sha256": weights_sha256(parts.replica.module.state_dict()),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "run_dir": str(self.path),
         }
         self.folder.write_summary(summary)

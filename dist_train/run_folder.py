@@ -181,7 +181,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "dist_train": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "cpu": cpu_name(),

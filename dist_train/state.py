@@ -102,6 +102,6 @@ def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
         "precision": parts.precision,
         "threads": torch.get_num_threads(),
         "device": cpu if ranks.device.type == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "train.micro_batch_size": parts.config.train.micro_batch_size,
     }

@@ -1,0 +1,28 @@
+"""`dist-train VERB ...`: a verb is one module, imported when it is asked for."""
+
+import importlib
+import sys
+
+VERBS = {
+    "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
+}
+
+
+def main() -> int:
+    """Run the verb of the command line; returns the exit code."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items()]
+        sys.stdout.write("usage: dist-train VERB ...\n\n" + "\n".join(lines) + "\n")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from dist_train import __version__
+
+        sys.stdout.write(f"dist-train {__version__}\n")
+        return 0
+    if words[0] not in VERBS:
+        known = ", ".join(VERBS)
+        sys.stderr.write(f"dist-train: error: no verb {words[0]!r}: choose one of {known}\n")
+        return 2
+    module = importlib.import_module(VERBS[words[0]][0])
+    return module.main(words[1:])

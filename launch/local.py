@@ -1,0 +1,138 @@
+"""`dist-train run`: check the command, start torchrun, and answer with the run's own exit code."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from types import FrameType
+
+from dist_train.config import Config, ConfigError
+from dist_train.config.arguments import (
+    VERDICT_VARIABLE,
+    Parser,
+    Request,
+    add_run_options,
+    compose_request,
+)
+from dist_train.config.check import check_world
+from dist_train.config.identity import run_dir_of
+
+MAX_RESTARTS = 0
+
+
+def main(argv: list[str]) -> int:
+    """Run `dist-train run`; returns 0 finished or saved, 2 the user's mistake, 93 do not repeat."""
+    try:
+        options, request = _parse(argv)
+    except ConfigError as mistake:
+        sys.stderr.write(f"dist-train: error: {mistake}\n")
+        return 2
+    if request.text is not None:
+        sys.stdout.write(request.text + "\n")
+        return 0
+    if options.dry_run:
+        os.environ |= {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
+        return subprocess.call(
+            [sys.executable, "-m", "dist_train", *_rank_arguments(options), "--dry-run"]
+        )
+    return _launch(options, request.config)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
+    parser = Parser(prog="dist-train run", description="Start a training on this machine.")
+    parser.add_argument("--nproc", default="auto", help="ranks here: a number, or auto (the GPUs)")
+    parser.add_argument("--nnodes", type=int, default=1, help="machines that take part")
+    parser.add_argument("--node-rank", type=int, default=0, help="this machine's number, from 0")
+    parser.add_argument("--rdzv-endpoint", help="HOST:PORT of machine 0, with --nnodes")
+    parser.add_argument("--master-port", type=int, help="a fixed port, for one machine")
+    parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="after a crash")
+    add_run_options(parser)
+    options = parser.parse_intermixed_args(argv)
+    options.nproc = _number_of_ranks(options.nproc)
+    if options.nnodes > 1 and not options.rdzv_endpoint:
+        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT of the first machine")
+    request = compose_request(options)
+    check_world(request.config, options.nproc * options.nnodes)
+    return options, request
+
+
+def _number_of_ranks(asked: str) -> int:
+    if asked == "auto":
+        return count_gpus() or min(2, len(os.sched_getaffinity(0)))
+    if not asked.isdigit() or int(asked) < 1:
+        raise ConfigError(f"--nproc={asked} must be auto or a number from 1 on")
+    return int(asked)
+
+
+def count_gpus() -> int:
+    """Return the number of visible NVIDIA GPUs, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _rank_arguments(options: argparse.Namespace) -> list[str]:
+    words = list(options.overrides)
+    if options.config is not None:
+        words += ["--config", str(options.config)]
+    if options.config_dir is not None:
+        words += ["--config-dir", str(options.config_dir)]
+    return words
+
+
+def torchrun_command(options: argparse.Namespace) -> list[str]:
+    """Return the torchrun command that starts the ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [f"--nproc-per-node={options.nproc}", f"--max-restarts={options.max_restarts}"]
+    if options.nnodes > 1:
+        command += [f"--nnodes={options.nnodes}", f"--node-rank={options.node_rank}"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
+    elif options.master_port is not None:
+        command += [f"--master-port={options.master_port}"]
+    else:
+        command += ["--standalone"]
+    return [*command, "-m", "dist_train", *_rank_arguments(options)]
+
+
+def _launch(options: argparse.Namespace, config: Config) -> int:
+    chain = uuid.uuid4().hex[:12]
+    with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
+        verdict = Path(folder) / "verdict.json"
+        environment = os.environ | {VERDICT_VARIABLE: str(verdict), "DIST_TRAIN_CHAIN": chain}
+        torchrun = subprocess.Popen(torchrun_command(options), env=environment)
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            # A terminal's Ctrl-C reaches torchrun by itself; a plain kill does not.
+            if number != signal.SIGINT or not sys.stdin.isatty():
+                torchrun.send_signal(number)
+
+        before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = torchrun.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if verdict.is_file():
+            return json.loads(verdict.read_text())["exit_code"]
+    return _code_of_status(config, chain, code)
+
+
+def _code_of_status(config: Config, chain: str, torchrun_code: int) -> int:
+    """Return what status.json says of this start; torchrun's code if it says nothing."""
+    try:
+        status = json.loads((run_dir_of(config) / "status.json").read_text())
+    except (OSError, ValueError):
+        return torchrun_code
+    if status.get("chain") == chain and status.get("exit_code") is not None:
+        return int(status["exit_code"])
+    return torchrun_code

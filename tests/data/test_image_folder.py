@@ -1,0 +1,268 @@
+"""Folders of pictures: every mistake refused by name; decoded once, and again when files change."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data import picture_cache
+from dist_train.data.pictures import Pictures, Source
+from dist_train.data.sources import load_source
+from dist_train.data.worker_dataset import WorkerPictures
+
+
+def picture(value: int, size: tuple[int, int] = (8, 6), mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, three training pictures and one test picture each, 8x6, lossless."""
+    root = tmp_path / "root"
+    for label, name in enumerate(("cat", "dog")):
+        for split, num in (("train", 3), ("test", 1)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                picture(10 * label + i).save(root / split / name / f"{i}.png")
+    return root
+
+
+def load(root: Path, **settings: object) -> Source:
+    cache_dir = str(root.parent / "cache")
+    fields = {"name": "image_folder", "root": str(root), "cache_dir": cache_dir, **settings}
+    return load_source(DataConfig(**fields))  # pyright: ignore[reportArgumentType]  # a test's dict
+
+
+def in_memory(split: object) -> Pictures:
+    assert isinstance(split, Pictures)
+    return split
+
+
+def refusal(root: Path, **settings: object) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load(root, **settings)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_pictures_and_labels_are_those_of_the_files(root: Path) -> None:
+    source = load(root)
+    train = in_memory(source.train)
+    assert (source.name, source.classes) == ("image_folder", ("cat", "dog"))
+    assert train.images.shape == (6, 6, 8, 3)
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(train.images[4], np.asarray(picture(11)))
+    np.testing.assert_array_equal(in_memory(source.test).images[1], np.asarray(picture(10)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_other_modes_become_rgb(root: Path, mode: str) -> None:
+    name = "0.tif" if mode == "CMYK" else "0.PNG"
+    (root / "train" / "cat" / "0.png").unlink()
+    picture(3, mode=mode).save(root / "train" / "cat" / name)
+    expected = picture(3, mode=mode).convert("RGB")
+    np.testing.assert_array_equal(in_memory(load(root).train).images[0], np.asarray(expected))
+
+
+def test_sixteen_bit_grey_keeps_its_scale(root: Path) -> None:
+    grey = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    Image.fromarray(grey).save(root / "train" / "cat" / "0.png")
+    images = in_memory(load(root).train).images
+    np.testing.assert_array_equal(images[0], np.repeat((grey >> 8)[..., None], 3, axis=-1))
+
+
+def test_a_missing_root_is_refused(root: Path) -> None:
+    assert "nowhere is not a folder" in refusal(root, root=str(root.parent / "nowhere"))
+    assert "needs data.root" in refusal(root, root=None)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split_is_refused(root: Path, split: str) -> None:
+    (root / split).rename(root / "other")
+    assert f"root/{split} is missing" in refusal(root)
+
+
+def test_a_split_without_class_folders_is_refused(root: Path) -> None:
+    (root / "train").rename(root / "other")
+    (root / "train").mkdir()
+    assert "root/train has no class folders" in refusal(root)
+
+
+def test_an_empty_class_folder_is_refused(root: Path) -> None:
+    (root / "train" / "emu").mkdir()
+    assert "root/train/emu is an empty class folder" in refusal(root)
+
+
+def test_a_test_class_that_train_lacks_is_refused(root: Path) -> None:
+    (root / "test" / "cat").rename(root / "test" / "emu")
+    assert "root/test/emu is a class that" in refusal(root)
+
+
+def test_an_unexpected_file_is_refused_and_a_hidden_one_is_not(root: Path) -> None:
+    (root / "train" / "dog" / ".DS_Store").write_text("hidden")
+    load(root)
+    (root / "train" / "dog" / "notes.txt").write_text("not hidden")
+    assert "train/dog/notes.txt is no picture" in refusal(root)
+
+
+def test_an_empty_file_is_refused(root: Path) -> None:
+    (root / "test" / "dog" / "0.png").write_bytes(b"")
+    assert "test/dog/0.png is empty (0 bytes)" in refusal(root)
+
+
+def test_a_link_to_nowhere_is_refused(root: Path) -> None:
+    (root / "test" / "dog" / "1.png").symlink_to(root / "gone.png")
+    assert "test/dog/1.png (No such file" in refusal(root)
+
+
+@pytest.mark.parametrize("loader", ["auto", "workers"])
+@pytest.mark.parametrize("file", ["train/cat/0.png", "train/dog/1.png", "test/dog/0.png"])
+def test_a_file_that_is_no_picture_is_refused(root: Path, loader: str, file: str) -> None:
+    (root / file).write_text("words")
+    assert f"{file} is no picture that Pillow can read" in refusal(root, loader=loader)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm", "tif"])
+def test_a_truncated_picture_is_refused(root: Path, suffix: str) -> None:
+    whole = io.BytesIO()
+    picture(1, (64, 48)).save(whole, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
+    path = root / "train" / "dog" / f"9.{suffix}"
+    path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    assert f"train/dog/9.{suffix} " in refusal(root)
+
+
+def test_many_bad_files_are_counted(root: Path) -> None:
+    for i in range(3):
+        (root / "train" / "dog" / f"{i}.png").write_text("words")
+    assert "train/dog/0.png is no picture that Pillow can read (the first of 3" in refusal(root)
+
+
+def test_a_warm_cache_opens_no_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = in_memory(load(root).train).images
+    monkeypatch.setattr(picture_cache, "_build", None)
+    second = in_memory(load(root).train).images
+    assert isinstance(second, np.memmap)
+    assert not second.flags.writeable
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_changed_file_invalidates_the_cache(root: Path) -> None:
+    load(root)
+    path = root / "train" / "cat" / "1.png"
+    before = path.stat()
+    picture(99).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    images = in_memory(load(root).train).images
+    np.testing.assert_array_equal(images[1], np.asarray(picture(99)))
+    assert len(list((root.parent / "cache").rglob("*.u8"))) == 1
+
+
+def test_an_added_and_a_renamed_file_invalidate_the_cache(root: Path) -> None:
+    load(root)
+    picture(50).save(root / "train" / "cat" / "9.png")
+    assert len(load(root).train) == 7
+    (root / "train" / "cat" / "9.png").rename(root / "train" / "cat" / "00.png")
+    images = in_memory(load(root).train).images
+    np.testing.assert_array_equal(images[1], np.asarray(picture(50)))
+
+
+@pytest.mark.parametrize("suffix", ["u8", "json"])
+def test_a_cache_file_of_wrong_size_is_rebuilt(root: Path, suffix: str) -> None:
+    expected = np.array(in_memory(load(root).train).images)
+    (path,) = (root.parent / "cache").rglob(f"*.{suffix}")
+    path.write_bytes(path.read_bytes()[:-3])
+    np.testing.assert_array_equal(in_memory(load(root).train).images, expected)
+
+
+def test_uneven_pictures_go_to_workers(root: Path) -> None:
+    picture(7, (9, 6)).save(root / "train" / "dog" / "1.png")
+    assert isinstance(load(root).train, WorkerPictures)
+    told = refusal(root, loader="memory")
+    assert "train/cat/0.png is 8x6" in told
+    assert "train/dog/1.png is 9x6" in told
+
+
+def test_pictures_larger_than_the_limit_go_to_workers(root: Path) -> None:
+    source = load(root, in_memory_gib=1e-9)
+    assert isinstance(source.train, WorkerPictures)
+    assert not list((root.parent / "cache").rglob("*.u8"))
+    assert isinstance(load(root, in_memory_gib=1e-9, loader="memory").train, Pictures)
+
+
+def test_processes_and_one_process_make_the_same_cache(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.array(in_memory(load(root).train).images)
+    monkeypatch.setattr(picture_cache, "INLINE_PICTURES", 0)
+    monkeypatch.setattr(picture_cache, "JOB_PICTURES", 5)
+    again = load(root, cache_dir=str(root.parent / "again"))
+    np.testing.assert_array_equal(in_memory(again.train).images, expected)
+    (root / "test" / "dog" / "0.png").write_text("words")
+    assert "test/dog/0.png is no picture" in refusal(root)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from dist_train.config.schema import DataConfig
+from dist_train.data import picture_cache
+from dist_train.data.folder_scan import scan_folder
+from dist_train.data.picture_cache import verified_pictures
+build = picture_cache._build
+def told(*args, **kwargs):
+    print("built")
+    if sys.argv[3] == "die":
+        import os
+        os.kill(os.getpid(), 9)
+    build(*args, **kwargs)
+picture_cache._build = told
+folder = scan_folder(sys.argv[1])
+files = [*folder.train, *folder.test]
+verified_pictures(folder.root, files, cache_dir=Path(sys.argv[2]), max_bytes=2**20)
+"""
+
+
+def build(root: Path, fate: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-c", BUILD, str(root), str(root.parent / "cache"), fate]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_several_processes_one_builds(root: Path) -> None:
+    outputs = [process.communicate()[0] for process in [build(root, "live"), build(root, "live")]]
+    assert sorted(outputs) == ["", "built\n"]
+
+
+def test_the_lock_of_a_dead_process_is_free(root: Path) -> None:
+    assert build(root, "die").communicate()[0] == "built\n"
+    assert build(root, "live").communicate()[0] == "built\n"
+
+
+def test_a_cache_dir_that_cannot_be_written_names_the_setting(root: Path) -> None:
+    (root.parent / "file").write_text("")
+    assert "set data.cache_dir" in refusal(root, cache_dir=str(root.parent / "file"))
+
+
+def test_an_unguarded_script_can_decode(root: Path) -> None:
+    script = f"""
+from dist_train.config.schema import DataConfig
+from dist_train.data import picture_cache
+from dist_train.data.folder_scan import scan_folder
+picture_cache.INLINE_PICTURES = 0
+folder = scan_folder({str(root)!r})
+from pathlib import Path
+cache = Path({str(root.parent / "cache")!r})
+verified = picture_cache.verified_pictures(
+    folder.root, folder.train, cache_dir=cache, max_bytes=2**20)
+print(verified.pixels.shape)
+"""
+    path = root.parent / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.stdout == "(6, 6, 8, 3)\n", done.stderr

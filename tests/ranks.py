@@ -1,0 +1,113 @@
+"""Run a function on N gloo ranks, in processes forked from a server that has torch loaded."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["torch", "torch.distributed", "torchvision", "dist_train.train", "tests.nets", "tests.faults"]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How one rank ended."""
+
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+    at: float = 0.0
+    exit_code: int | None = None  # negative: the signal that killed it
+
+
+def run_ranks(
+    work: Callable[..., Any], world_size: int, *args: Any, timeout_sec: float = 120.0
+) -> list[Any]:
+    """Return what `work(*args)` returns on each rank; raise the earliest failure.
+
+    world_size 0 is one process without any launcher's variables.
+    """
+    outcomes = start_ranks_of(work, world_size, *args, timeout_sec=timeout_sec)
+    failed = sorted((o for o in outcomes if o.exit_code != 0 or o.error), key=lambda o: o.at)
+    if failed:
+        first = failed[0]
+        raise AssertionError(f"a rank failed with {first.exit_code}:\n{first.trace}")
+    return [o.value for o in outcomes]
+
+
+def start_ranks_of(
+    work: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_sec: float = 120.0,
+    env: dict[str, str] | None = None,
+) -> list[Outcome]:
+    """Return how each rank ended, killed ones included."""
+    port = free_port()
+    ranks = []
+    for rank in range(max(1, world_size)):
+        receiver, sender = FORKSERVER.Pipe(duplex=False)
+        variables = dict(env or {})
+        if world_size:
+            variables |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        process = FORKSERVER.Process(target=_rank, args=(sender, variables, work, args))
+        process.start()
+        sender.close()
+        ranks.append((process, receiver))
+    end = time.monotonic() + timeout_sec
+    outcomes = []
+    for process, receiver in ranks:
+        message = b""
+        if receiver.poll(max(0.0, end - time.monotonic())):
+            with contextlib.suppress(EOFError):
+                message = receiver.recv_bytes()
+        process.join(max(0.1, end - time.monotonic()))
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        value, error, trace, at = pickle.loads(message) if message else (None, None, "", 0.0)
+        outcomes.append(
+            Outcome(value=value, error=error, trace=trace, at=at, exit_code=process.exitcode)
+        )
+    return outcomes
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(sender: Any, variables: dict[str, str], work: Callable[..., Any], args: Any) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    value, error, trace = None, None, ""
+    try:
+        value = work(*args)
+    except BaseException as caught:
+        error, trace = caught, traceback.format_exc()
+    try:
+        message = pickle.dumps((value, error, trace, time.time()))
+    except Exception:  # an exception that cannot be pickled: its text is enough
+        message = pickle.dumps((None, RuntimeError(repr(error)), trace, time.time()))
+    sender.send_bytes(message)
+    sender.close()
