@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +35,10 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def load(root: Path, **settings: object) -> Source:
-    cache_dir = str(root.parent / "cache")
-    fields = {"name": "image_folder", "root": str(root), "cache_dir": cache_dir, **settings}
-    return load_source(DataConfig(**fields))  # pyright: ignore[reportArgumentType]  # a test's dict
+def load(folder: Path, **settings: Any) -> Source:
+    cache_dir = str(folder.parent / "cache")
+    fields = {"name": "image_folder", "root": str(folder), "cache_dir": cache_dir, **settings}
+    return load_source(DataConfig(**fields))
 
 
 def in_memory(split: object) -> Pictures:
@@ -45,9 +46,9 @@ def in_memory(split: object) -> Pictures:
     return split
 
 
-def refusal(root: Path, **settings: object) -> str:
+def refusal(folder: Path, **settings: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        load(root, **settings)
+        load(folder, **settings)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

@@ -151,7 +151,7 @@ def test_torchvision_data_sets_fit_the_contract() -> None:
         ("OtherClasses", ".classes differ between train=True and train=False"),
         ("failing", "fails: RuntimeError: no file here ("),
         ("nothing", "returns a NoneType, no map-style data set"),
-        ("empty", "returns no pictures"),
+        ("empty", "returns an empty data set"),
         ("no_train", "unexpected keyword argument 'train'"),
         ("Wrong", "label 2 at index 2, outside 0..1"),
         ("Whol", "own_data.py has no 'Whol'; did you mean 'Whole'?"),

@@ -65,16 +65,17 @@ def test_an_item_is_a_function_of_its_key(kind: str) -> None:
     assert torch.equal(pictures[3, None][0], pictures[3, None][0])
 
 
-def test_workers_make_the_same_items(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # as most users start workers
+def test_workers_make_the_same_items() -> None:
     keys = [(index, 1000 + index) for index in range(8)]
     pictures = dataset(Items(), randaugment=True)
     here = [pictures[key][0] for key in keys]
     loader = DataLoader(
         pictures,
         batch_size=2,
-        sampler=keys,  # pyright: ignore[reportArgumentType]  # any iterable of keys
+        sampler=keys,
         num_workers=2,
-        multiprocessing_context="forkserver",
+        multiprocessing_context="fork",
     )
     assert torch.equal(torch.cat([batch[0] for batch in loader]), torch.stack(here))
 

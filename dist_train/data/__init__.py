@@ -1,0 +1,1 @@
+"""Sources of pictures, the in-memory path and the DataLoader path. Imports nothing by itself."""

@@ -1,0 +1,42 @@
+"""Where downloaded and decoded pictures are kept, and the lock around making them."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_train.config.schema import ConfigError, DataConfig
+
+
+def cache_root(config: DataConfig) -> Path:
+    """`data.cache_dir`, else $XDG_CACHE_HOME/dist_train, else ~/.cache/dist_train."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().resolve() / "dist_train"
+
+
+@contextmanager
+def locked(folder: Path, *, key: str) -> Iterator[None]:
+    """Hold the folder's lock, making the folder; waits while another process or node has it.
+
+    The kernel drops a lockf lock when its process dies, however it dies.
+
+    Args:
+        folder: what is locked.
+        key: the setting to change if the folder cannot be written.
+
+    Raises:
+        ConfigError: the folder, or a file in it, cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write in {folder} ({error.strerror or error}): "
+            f"set {key} to a folder that is writable and has space"
+        ) from error

@@ -1,0 +1,157 @@
+"""CIFAR-10 in torchvision's layout, every file's md5 checked at every start."""
+
+import hashlib
+import pickle
+import shutil
+import socket
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import download_and_extract_archive
+
+from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data.cache import cache_root, locked
+from dist_train.data.pictures import Pictures, Source
+
+PROBE_SEC = 3.0
+STALL_SEC = 30.0  # a download that sends nothing for so long is given up
+
+
+class UnavailableError(ConfigError):
+    """CIFAR-10 is not there and cannot be had: no fault of the files."""
+
+
+def load_cifar10(config: DataConfig) -> Source:
+    """Read CIFAR-10 from `data.root`, downloading it there first if it is absent.
+
+    Without data.root it is `datasets` in data.cache_dir (see cache.cache_root). An archive
+    cifar-10-python.tar.gz already in the root is unpacked without a network.
+
+    Raises:
+        UnavailableError: it is absent, and downloading is off or fails.
+        ConfigError: a file is missing, truncated or corrupt (named).
+    """
+    root = cache_root(config) / "datasets"
+    if config.root is not None:
+        root = Path(config.root).expanduser().resolve()
+    folder = root / CIFAR10.base_folder
+    if not folder.exists():
+        archive = root / CIFAR10.filename
+        if not config.download and not archive.exists():
+            raise UnavailableError(
+                f"CIFAR-10 is not in {folder}: set data.download=true, or data.root to the "
+                f"folder that holds {CIFAR10.base_folder} or {CIFAR10.filename}"
+            )
+        if not archive.exists():
+            _probe(CIFAR10.url)
+        with locked(root, key="data.cache_dir" if config.root is None else "data.root"):
+            if not folder.exists():  # another process or node may have made it meanwhile
+                _fetch(root, folder)
+    (names,) = _read(folder, [(CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    return Source(
+        name="cifar10",
+        classes=tuple(names[CIFAR10.meta["key"]]),
+        train=_split(_read(folder, CIFAR10.train_list)),
+        test=_split(_read(folder, CIFAR10.test_list)),
+        root=str(root),
+    )
+
+
+def _read(folder: Path, files: Sequence[Sequence[str]]) -> list[dict]:
+    """Unpickle files whose md5 is right, and no other."""
+    batches = []
+    for name, md5 in files:
+        cure = f"delete {folder} and start again with data.download=true"
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {folder / name} ({error.strerror}): {cure}") from error
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise ConfigError(
+                f"{folder / name} is corrupt or truncated ({len(content)} bytes, md5 {found} "
+                f"instead of {md5}): {cure}"
+            )
+        with warnings.catch_warnings():  # the files are of 2009, NumPy of now complains
+            warnings.simplefilter("ignore")
+            batches.append(pickle.loads(content, encoding="latin1"))
+    return batches
+
+
+def _split(batches: list[dict]) -> Pictures:
+    planes = np.concatenate([batch["data"] for batch in batches])
+    images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    return Pictures(images=np.ascontiguousarray(images), labels=labels.astype(np.int64))
+
+
+def _fetch(root: Path, folder: Path) -> None:
+    """Download if need be, unpack beside, and rename: the folder is whole or not there."""
+    unpacked = root / ".cifar10-unpacking"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    try:
+        with _socket_timeout(STALL_SEC):
+            download_and_extract_archive(
+                CIFAR10.url,
+                str(root),
+                extract_root=str(unpacked),
+                filename=CIFAR10.filename,
+                md5=CIFAR10.tgz_md5,
+            )
+        (unpacked / CIFAR10.base_folder).rename(folder)
+    except (RuntimeError, TimeoutError, urllib.error.URLError, ConnectionError) as error:
+        raise UnavailableError(_no_download(f"the download failed ({error})")) from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _probe(url: str) -> None:
+    """Refuse within PROBE_SEC if nothing answers; also when the name server is silent."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy is not None and not urllib.request.proxy_bypass(host):
+        parts = urllib.parse.urlsplit(proxy)
+    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    failures = ["no answer"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=PROBE_SEC).close()
+            failures.clear()
+        except OSError as error:
+            failures[0] = str(error)
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking a name up has no time-out
+    thread.start()
+    thread.join(PROBE_SEC)
+    if failures:
+        raise UnavailableError(
+            _no_download(f"{address[0]}:{address[1]} cannot be reached ({failures[0]})")
+        )
+
+
+def _no_download(reason: str) -> str:
+    return (
+        f"CIFAR-10 is not on this machine and {reason}: put {CIFAR10.filename} from "
+        f"{CIFAR10.url} into data.root, or use data.name=synthetic"
+    )
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the default time-out, the only one that torchvision's download obeys."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

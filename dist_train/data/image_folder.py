@@ -1,0 +1,55 @@
+"""A folder of pictures per class: in memory if they are of one size and fit, else by workers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data.cache import cache_root
+from dist_train.data.folder_scan import PictureFile, scan_folder
+from dist_train.data.picture_cache import verified_pictures
+from dist_train.data.pictures import Pictures, Source
+from dist_train.data.worker_dataset import FileItems, WorkerPictures
+
+
+def load_image_folder(config: DataConfig) -> Source:
+    """Read ROOT/train/<class>/* and ROOT/test/<class>/*, every file having been decoded once.
+
+    Raises:
+        ConfigError: names the folder or file that is wrong, and how to mend it.
+    """
+    folder = scan_folder(config.root)
+    verified = verified_pictures(
+        folder.root,
+        [*folder.train, *folder.test],
+        cache_dir=cache_root(config),
+        max_bytes=_max_bytes(config),
+    )
+    if verified.pixels is None and config.loader == "memory":
+        raise ConfigError(
+            f"data.loader=memory needs pictures of one size, but {verified.uneven}: "
+            "use data.loader=workers, or resize them"
+        )
+    splits = {}
+    first_row = 0
+    for split, files in (("train", folder.train), ("test", folder.test)):
+        if verified.pixels is None:
+            items = FileItems(folder.root, files)
+            splits[split] = WorkerPictures(items, config, num_classes=len(folder.classes))
+        else:
+            rows = verified.pixels[first_row : first_row + len(files)]
+            splits[split] = Pictures(images=rows, labels=_labels(files))
+        first_row += len(files)
+    return Source(name="image_folder", classes=folder.classes, root=str(folder.root), **splits)
+
+
+def _max_bytes(config: DataConfig) -> int:
+    if config.loader == "workers":
+        return 0
+    if config.loader == "memory":
+        return 2**63
+    return int(config.in_memory_gib * 2**30)
+
+
+def _labels(files: Sequence[PictureFile]) -> np.ndarray:
+    return np.array([file.label for file in files], dtype=np.int64)

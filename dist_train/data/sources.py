@@ -1,0 +1,94 @@
+"""Choose the source of pictures by data.name, and check what it delivers."""
+
+import numpy as np
+
+from dist_train.config.importing import nearest
+from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data.cifar10 import UnavailableError, load_cifar10
+from dist_train.data.image_folder import load_image_folder
+from dist_train.data.pictures import Pictures, Source
+from dist_train.data.synthetic import load_synthetic
+from dist_train.data.user import load_user_source
+from dist_train.data.worker_dataset import ArrayItems, WorkerPictures
+
+NAMES = ("auto", "cifar10", "image_folder", "synthetic")
+
+
+def load_source(config: DataConfig) -> Source:
+    """Load the pictures that `data.name` means; may download and decode.
+
+    Call it in one process of a node before the others. `auto` is CIFAR-10 if it is there or
+    can be downloaded, else the synthetic stand-in: nodes may differ in that, so compare names.
+
+    Raises:
+        ConfigError: anything wrong with the name, the files or the labels, in one line.
+    """
+    if config.args and config.name in ("auto", "cifar10", "image_folder"):
+        raise ConfigError(
+            f"data.name={config.name} takes no data.args (given: {', '.join(config.args)}): "
+            "remove them"
+        )
+    source = _load(config)
+    for split, pictures in (("train", source.train), ("test", source.test)):
+        if isinstance(pictures, Pictures):
+            _check(pictures, f"{source.name} ({split})", num_classes=source.num_classes)
+    if config.loader != "workers":
+        return source
+    return Source(
+        name=source.name,
+        classes=source.classes,
+        train=_through_workers(source.train, config, num_classes=source.num_classes),
+        test=_through_workers(source.test, config, num_classes=source.num_classes),
+        notice=source.notice,
+        root=source.root,
+    )
+
+
+def _load(config: DataConfig) -> Source:
+    if ":" in config.name:
+        return load_user_source(config)
+    match config.name:
+        case "auto":
+            try:
+                return load_cifar10(config)
+            except UnavailableError as error:
+                return load_synthetic(
+                    config, notice=f"NOT CIFAR-10 but generated pictures: {error}"
+                )
+        case "cifar10":
+            return load_cifar10(config)
+        case "image_folder":
+            return load_image_folder(config)
+        case "synthetic":
+            return load_synthetic(config)
+    raise ConfigError(
+        f"data.name={config.name} is none of {', '.join(NAMES)} or package.module:callable"
+        f"{nearest(config.name, NAMES)}"
+    )
+
+
+def _check(pictures: Pictures, what: str, *, num_classes: int) -> None:
+    images, labels = pictures.images, pictures.labels
+    if len(images) == 0:
+        raise ConfigError(f"{what} has no pictures: training and evaluation need some")
+    if labels.shape != (len(images),):
+        raise ConfigError(
+            f"{what} has {len(images)} pictures but labels of shape {labels.shape}: "
+            "give one label for each picture"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(f"{what} has labels of {labels.dtype}: give whole numbers from 0")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong) > 0:
+        raise ConfigError(
+            f"{what} has label {labels[wrong[0]]} at index {wrong[0]}, outside "
+            f"0..{num_classes - 1}: number the labels from 0, or give it all its classes"
+        )
+
+
+def _through_workers(
+    pictures: Pictures | WorkerPictures, config: DataConfig, *, num_classes: int
+) -> WorkerPictures:
+    if isinstance(pictures, WorkerPictures):
+        return pictures
+    return WorkerPictures(ArrayItems(pictures), config, num_classes=num_classes)

@@ -1,0 +1,165 @@
+"""Pictures that DataLoader workers open one by one; an item is a function of (index, seed)."""
+
+import operator
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data.decode import read_rgb, why_unreadable
+from dist_train.data.folder_scan import PictureFile
+from dist_train.data.pictures import Pictures
+
+
+class Items(Protocol):
+    """A map-style data set of (picture, label)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class FileItems:
+    """Picture files, opened when they are asked for."""
+
+    def __init__(self, root: Path, files: Sequence[PictureFile]) -> None:
+        self._root = str(root)
+        # arrays, not lists: counting references would copy every page into every worker
+        self._paths = np.array([os.fsencode(file.path) for file in files])
+        self._labels = np.array([file.label for file in files], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
+        path = os.path.join(self._root, os.fsdecode(self._paths[index]))
+        try:
+            return read_rgb(path), int(self._labels[index])
+        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+            raise ConfigError(
+                f"{path} {why_unreadable(error)}, and could be when the run began: "
+                "copy it again and start the same command"
+            ) from error
+
+
+class ArrayItems:
+    """Pictures in memory, one by one."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        image = np.ascontiguousarray(self._pictures.images[index].transpose(2, 0, 1))
+        return torch.tensor(image), int(self._pictures.labels[index])
+
+
+class WorkerPictures(Dataset[tuple[Tensor, int]]):
+    """Opens, augments or crops one picture for each key (index, seed).
+
+    With a seed the picture is augmented for training; with None it is made for evaluation.
+    """
+
+    def __init__(self, items: Items, config: DataConfig, *, num_classes: int) -> None:
+        self._items = items
+        self._num_classes = num_classes
+        size = config.image_size
+        training: list[torch.nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]
+        if config.flip:
+            training.append(v2.RandomHorizontalFlip())
+        if config.randaugment:
+            training.append(v2.RandAugment())
+        self._training = v2.Compose([*training, v2.ToImage()])
+        self._evaluation = v2.Compose(
+            [
+                v2.Resize(round(size * 256 / 224), antialias=True),
+                v2.CenterCrop(size),
+                v2.ToImage(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        """Return the picture (channels, height, width) and its label.
+
+        uint8 of image_size, except that a float tensor of the user's own passes as it is.
+
+        Raises:
+            ConfigError: the file is unreadable, or the item is of a wrong form; named.
+        """
+        index, seed = key
+        with _seeded(index if seed is None else seed):
+            image, label = self._checked(index)
+            if isinstance(image, Tensor) and image.is_floating_point():
+                return image, label
+            transform = self._evaluation if seed is None else self._training
+            return transform(image).as_subclass(Tensor), label
+
+    def _checked(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        item = self._items[index]
+        try:
+            image, raw_label = item
+            label = operator.index(raw_label)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"item {index} of the data set is {_form(item)}, not (picture, label): "
+                "return a pair whose label is a whole number"
+            ) from None
+        if not 0 <= label < self._num_classes:
+            raise ConfigError(
+                f"item {index} of the data set has label {label}, outside "
+                f"0..{self._num_classes - 1}: number the labels from 0, or give it all its classes"
+            )
+        if isinstance(image, Image.Image):
+            return image if image.mode in ("L", "RGB") else image.convert("RGB"), label
+        if (
+            isinstance(image, Tensor)
+            and image.ndim == 3
+            and (image.dtype == torch.uint8 or image.is_floating_point())
+        ):
+            return image, label
+        raise ConfigError(
+            f"item {index} of the data set has a picture that is {_form(image)}: return a PIL "
+            "image, or a uint8 or float tensor of shape (channels, height, width)"
+        )
+
+
+def _form(thing: object) -> str:
+    if isinstance(thing, Tensor | np.ndarray):
+        return f"a {type(thing).__name__} of {thing.dtype} and shape {tuple(thing.shape)}"
+    if isinstance(thing, tuple | list):
+        return f"a {type(thing).__name__} of ({', '.join(type(part).__name__ for part in thing)})"
+    return f"a {type(thing).__name__}"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU, NumPy's and Python's global generators, which transforms draw from.
+
+    Afterwards they are as before: without workers this is the training process. Not
+    torch.manual_seed, which would seed the GPU's generator too.
+    """
+    torch_state = torch.default_generator.get_state()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
