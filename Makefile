@@ -1,0 +1,62 @@
+# Every target sets up what it needs: .venv is made once and brought up to date when
+# pyproject.toml changes. `make PYTHON=/path/to/python3.12 train` chooses the interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.13 python3.12 python3.11 python3
+NPROC ?= auto
+EXPERIMENT ?= cifar10_tutorial
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+NO_DEVICE := not gpu and not multi_gpu
+
+.PHONY: help train test check check-static gpu-check clean
+
+help: ## show the targets
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@echo '  Variables of train: NPROC=$(NPROC) EXPERIMENT=$(EXPERIMENT) ARGS="key=value ..."'
+
+train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to continue
+	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
+
+test: $(STAMP) ## run every test that needs no GPU and no cluster
+	$(BIN)/python -m pytest -q -m "$(NO_DEVICE)"
+
+check: check-static ## before every commit: format, lint, types, fast tests
+	$(BIN)/python -m pytest -q -m "not slow and $(NO_DEVICE)"
+
+check-static: $(STAMP) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
+	$(BIN)/python benchmarks/gpu_check.py
+
+clean: ## delete the environment, caches and build products; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@if ! $(BIN)/python -c '$(RECENT)' 2>/dev/null; then \
+	  found=; \
+	  for name in $(PYTHON); do \
+	    if "$$name" -c '$(RECENT)' 2>/dev/null; then found=$$name; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'make: error: none of $(PYTHON) is a Python of version 3.11 or newer:' \
+	      'install one, or name it: make PYTHON=/path/to/python3.12 ...' >&2; exit 1; \
+	  fi; \
+	  echo "making .venv with $$found ($$("$$found" --version))"; \
+	  if ! "$$found" -m venv --clear .venv; then \
+	    echo "make: error: $$found makes no virtual environment: install its venv package" \
+	      "(on Debian and Ubuntu: python3-venv)" >&2; exit 1; \
+	  fi; \
+	fi
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@

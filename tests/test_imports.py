@@ -1,0 +1,150 @@
+"""Imports point down: config < ranks and order < parts < what puts them together < train."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A unit is a file of dist_train, or a folder of it; it may import the units of the levels before
+# its own. A new file gets its place here.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("__init__",),
+    ("config",),
+    ("layout", "order", "preemption", "progress"),
+    ("distributed", "plan"),
+    (
+        "checkpoint",
+        "data",
+        "metrics",
+        "models",
+        "optim",
+        "parallel",
+        "profiling",
+        "recovery",
+        "tasks",
+        "tracking",
+        "wandb_tracker",
+    ),
+    ("build", "run_folder", "state"),
+    ("run",),
+    ("train",),
+    ("dry_run",),
+    ("__main__",),
+)
+# Within a level: who may import whom, and why.
+EDGES = {
+    ("tracking", "wandb_tracker"): "the file of one of its trackers",
+    ("tasks", "data"): "data.batch: what a loss is computed on",
+    ("profiling", "data"): "data.batch: it passes batches through",
+}
+# Inside a function: where and what; torch or an optional package is not loaded without need.
+LATE = {
+    ("dist_train/__main__.py", "dist_train.dry_run"),
+    ("dist_train/__main__.py", "dist_train.train"),
+    ("dist_train/data/memory_loader.py", "warnings"),  # TODO(issue 2): move to the top
+    ("dist_train/tracking.py", "torch.utils.tensorboard"),
+    ("dist_train/wandb_tracker.py", "wandb"),
+    ("launch/cli.py", "dist_train"),  # the version
+}
+# dist_train's own that the launcher may import: none of them imports torch.
+OF_LAUNCH = ("dist_train", "dist_train.config")
+WITHOUT_TORCH = (
+    "launch.cli",
+    "launch.local",
+    "dist_train.config.arguments",
+    "dist_train.layout",
+)
+
+FILES = sorted(
+    path.relative_to(ROOT)
+    for top in ("dist_train", "launch")
+    for path in (ROOT / top).rglob("*.py")
+)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield every module that is imported, one name for each."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "no relative imports"
+            yield node.module
+
+
+def imports_of(path: Path) -> list[str]:
+    return list(imports(ast.parse((ROOT / path).read_text())))
+
+
+def unit_of(module: str) -> str:
+    """Return the unit of a module of dist_train."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def level_of(unit: str) -> int:
+    found = [number for number, units in enumerate(LEVELS) if unit in units]
+    assert found, f"dist_train/{unit} has no place in LEVELS of {Path(__file__).name}: give it one"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path: Path) -> None:
+    if path.parts[0] == "launch":
+        foreign = [m for m in imports_of(path) if m.split(".")[0] == "dist_train"]
+        assert not [m for m in foreign if not _is_below(m, OF_LAUNCH)]
+        return
+    mine = unit_of(".".join(path.with_suffix("").parts))
+    for module in imports_of(path):
+        assert module.split(".")[0] != "launch", f"{path} imports {module}"
+        if module.split(".")[0] != "dist_train":
+            continue
+        theirs = unit_of(module)
+        allowed = mine == theirs or level_of(theirs) < level_of(mine) or (mine, theirs) in EDGES
+        assert allowed, f"{path} imports {module}: not below it in LEVELS, and not one of EDGES"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_only_listed_imports_are_inside_functions(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    late = {module for function in functions for module in imports(function)}
+    assert late <= {module for file, module in LATE if file == str(path)}
+
+
+def test_the_lists_hold_nothing_that_is_gone() -> None:
+    for file, module in LATE:
+        assert module in imports_of(Path(file)), f"{file} does not import {module}: drop it"
+    units = {
+        unit_of(".".join(path.with_suffix("").parts)) for path in FILES if "launch" not in str(path)
+    }
+    assert {unit for level in LEVELS for unit in level} == units
+    found = {
+        (unit_of(".".join(path.with_suffix("").parts)), unit_of(module))
+        for path in FILES
+        for module in imports_of(path)
+        if path.parts[0] == module.split(".")[0] == "dist_train"
+    }
+    assert set(EDGES) <= found
+
+
+def test_no_torch_before_the_ranks_start() -> None:
+    code = f"import sys, {', '.join(WITHOUT_TORCH)}; print(sorted(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = ast.literal_eval(found.stdout)
+    assert not {"torch", "torchvision", "numpy"} & set(modules)
+
+
+def _is_below(module: str, allowed: tuple[str, ...]) -> bool:
+    return module == "dist_train" or any(
+        module == name or module.startswith(f"{name}.") for name in allowed if "." in name
+    )
