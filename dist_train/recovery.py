@@ -18,6 +18,8 @@ from dist_train.distributed import Ranks
 class NonFiniteError(RuntimeError):
     """Training diverged: too many steps in a row had a gradient norm that is not finite."""
 
+    exit_code = 93  # the same steps would diverge again
+
 
 class NonFiniteGuard:
     """Applies an optimizer step, or takes it back when the gradient norm is not finite.

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -145,18 +146,28 @@ class Run:
         return writer
 
     def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> Trackers:
-        """Open the trackers on rank 0, an empty fan-out elsewhere; closed with `stack`."""
+        """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""
         if self.ranks.rank == 0:
-            self._trackers = open_trackers(
-                self.config,
-                self.path,
-                restored_step=progress.step,
-                wandb_id=progress.tracker_id,
-                total_steps=plan.total_steps,
-                stream=sys.stdout,
-                warn=self.warn,
+            opened = self.ranks.together(
+                lambda: open_trackers(
+                    self.config,
+                    self.path,
+                    restored_step=progress.step,
+                    wandb_id=progress.tracker_id,
+                    total_steps=plan.total_steps,
+                    stream=sys.stdout,
+                    warn=self.warn,
+                )
             )
-        stack.callback(lambda: self._trackers.close(exit_code=0))
+            self._trackers = opened
+        else:
+            self.ranks.together(lambda: None)
+
+        def close(_kind: object, error: BaseException | None, _trace: object) -> None:
+            code = 0 if error is None else getattr(error, "exit_code", 1)
+            self._trackers.close(exit_code=code)
+
+        stack.push(close)
         return self._trackers
 
     def stamp(self, progress: Progress, plan: Plan) -> dict[str, Any]:
@@ -168,9 +179,10 @@ class Run:
             "epoch": round(plan.epoch(progress.step), 4),
             "train/learning_rate": learning_rate(progress.step - 1, self.config.optim, plan),
         }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
         if self.ranks.device.type == "cuda":
-            record["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return record
+            peak = torch.cuda.max_memory_allocated()
+        return record | {"memory/peak_gib": peak / 2**30}
 
     def log_evaluation(
         self, progress: Progress, plan: Plan, split: str, result: dict[str, float]

@@ -81,6 +81,8 @@ def train(config: Config) -> dict[str, Any]:
 
             # A boundary: all ranks are here, and agree on what comes next.
             stopping = meter.meet(progress, stopping=stop.reason is not None)
+            for bad_step in parts.guard.settle():
+                _note_skip(parts, batch, progress, run, bad_step)
             if plan.log_due(progress.step):
                 trackers.log(run.stamp(progress, plan) | meter.line(progress))
             meter.pause()

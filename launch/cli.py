@@ -26,3 +26,7 @@ def main() -> int:
         return 2
     module = importlib.import_module(VERBS[words[0]][0])
     return module.main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

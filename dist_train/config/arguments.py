@@ -22,7 +22,9 @@ class Request:
     dry_run: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> None:  # type: ignore[override] # raises instead of exiting
         raise ConfigError(f"{message}: see --help")
 
@@ -46,9 +48,13 @@ def parse(argv: list[str]) -> Request:
     Raises:
         ConfigError: in one line, what is wrong and how to mend it.
     """
-    parser = _Parser(prog="python -m dist_train", description="One rank of a training.")
+    parser = Parser(prog="python -m dist_train", description="One rank of a training.")
     add_run_options(parser)
-    options = parser.parse_intermixed_args(argv)
+    return compose_request(parser.parse_intermixed_args(argv))
+
+
+def compose_request(options: argparse.Namespace) -> Request:
+    """Compose what parsed options ask for. Raises ConfigError."""
     composed = compose(options.overrides, config_dir=options.config_dir, config_file=options.config)
     text = describe(composed) if options.print_config else None
     return Request(config=composed.config, text=text, dry_run=options.dry_run)

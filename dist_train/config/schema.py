@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """The user's mistake: printed as one line, exit code 2."""
+    """The user's mistake: printed as one line."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

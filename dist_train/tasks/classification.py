@@ -11,8 +11,11 @@ from dist_train.data.batch import Batch
 
 
 def loss_sum(logits_nk: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy summed over the batch, 0-d float32; mixed labels are weighted."""
-    logits_nk = logits_nk.float()
+    """Return the cross-entropy summed over the batch, 0-d; mixed labels are weighted.
+
+    Half-precision logits are taken up to float32 first.
+    """
+    logits_nk = _wide(logits_nk)
     if batch.partner_labels is None or batch.own_weight is None:
         return F.cross_entropy(
             logits_nk, batch.labels, reduction="sum", label_smoothing=label_smoothing
@@ -33,9 +36,13 @@ def train_sums(loss: Tensor, logits_nk: Tensor, batch: Batch) -> Tensor:
 
 def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
     """Return (4,) float64 on the device: summed loss, top-1, top-5, samples."""
-    loss = F.cross_entropy(logits_nk.float(), batch.labels, reduction="sum")
+    loss = F.cross_entropy(_wide(logits_nk), batch.labels, reduction="sum")
     best = logits_nk.topk(min(5, logits_nk.shape[1]), dim=1).indices == batch.labels[:, None]
     count = torch.full_like(loss, len(batch))
     return torch.stack(
         [loss.double(), best[:, :1].sum().double(), best.sum().double(), count.double()]
     )
+
+
+def _wide(logits_nk: Tensor) -> Tensor:
+    return logits_nk.float() if logits_nk.dtype in (torch.float16, torch.bfloat16) else logits_nk

@@ -1,0 +1,125 @@
+"""The real thing: torchrun starts ranks, restarts them after a kill, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.settings import SMALL, metrics, small
+from tests.test_resume import HARD
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def trained(config: Any) -> dict[str, Any]:
+    from dist_train.train import train
+
+    return train(config)
+
+
+def torchrun(*words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | (env or {})
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
+        env=environment,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Return the processes whose command line names the run folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(run_dir).encode() in line and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_max_restarts_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> None:
+    clean = run_ranks(trained, 2, small(tmp_path / "clean", *HARD))[0]
+    folder = tmp_path / "run"
+    faults = [
+        {"rank": 1, "step": 13, "place": "after the backward", "mark": str(tmp_path / "f0")},
+        {"rank": 0, "step": 30, "place": "in the save", "mark": str(tmp_path / "f1")},
+        {"rank": 1, "step": 44, "place": "before the step", "mark": str(tmp_path / "f2")},
+    ]
+    process = torchrun(
+        "--nproc-per-node=2",
+        "--max-restarts=3",
+        "tests/torchrun_entry.py",
+        *SMALL,
+        *HARD,
+        f"run_dir={folder}",
+        env={"TEST_FAULTS": json.dumps(faults)},
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert all(Path(str(f["mark"])).exists() for f in faults), "a fault never fired"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights_sha256"] == clean["weights_sha256"]
+    assert summary["attempt"] == 3
+    steps = [m["step"] for m in metrics(folder)]
+    assert steps == [m["step"] for m in metrics(tmp_path / "clean")]
+    assert ranks_of(folder) == []
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_at_a_step_and_the_same_command_continues(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--nproc-per-node=2", "-m", "dist_train", *SMALL, f"run_dir={folder}", "log_every=1"]
+    process = torchrun(*words, "train.steps=1000000", "eval.every_epochs=null")
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 20:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 0)
+    assert status["reason"].startswith("SIGTERM on rank")
+    newest = max((folder / "checkpoints").iterdir())
+    assert newest.name == f"step_{status['step']:08d}", "steps were lost"
+    assert ranks_of(folder) == []
+    more = status["step"] + 5
+    again = torchrun(*words, f"train.steps={more}", "eval.every_epochs=null")
+    out, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"resumed from {newest} at step {status['step']}" in out
+    assert [m["step"] for m in metrics(folder) if "train/loss" in m] == list(range(1, more + 1))
+
+
+@pytest.mark.slow
+def test_dist_train_run_answers_with_the_code_of_the_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli", "run", "--nproc", "2", *SMALL]
+    words = [f"run_dir={tmp_path}", "train.steps=1000000", "log_every=1"]
+    process = subprocess.Popen(
+        [*command, *words],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, "preempted and saved is 0, whatever torchrun says"
+    assert "the same command continues" in out
+    assert ranks_of(tmp_path) == []
