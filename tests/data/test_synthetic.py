@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data import synthetic
 from dist_train.data.pictures import Pictures, Source
 from dist_train.data.sources import load_source
 
@@ -26,12 +27,10 @@ def test_bits_are_the_same_on_every_machine() -> None:
     assert digest.startswith("33d6c8a8d3800785")
 
 
-def test_default_has_the_shape_of_cifar10() -> None:
-    source = load()
-    assert images(source.train).shape == (50_000, 32, 32, 3)
-    assert images(source.test).shape == (10_000, 32, 32, 3)
-    assert images(source.train).dtype == np.uint8
-    assert (source.name, source.num_classes) == ("synthetic", 10)
+def test_default_is_of_the_size_of_cifar10() -> None:
+    assert tuple(synthetic.SIZES.values()) == (50_000, 10_000, 10, 32, 3)
+    images_default = images(load(num_train=2, num_test=1).train)
+    assert (images_default.shape, images_default.dtype) == ((2, 32, 32, 3), np.uint8)
 
 
 def test_sizes_are_arguments() -> None:
