@@ -1,0 +1,121 @@
+"""What only a GPU can show; `make gpu-check` runs these."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.config import Config, ConfigError
+from dist_train.data.loaders import open_data
+from dist_train.distributed import start_ranks
+from dist_train.order import GlobalOrderSampler
+from tests.ranks import run_ranks, start_ranks_of
+from tests.settings import metrics, small
+
+pytestmark = pytest.mark.gpu
+
+GPU = ("device=cuda", "model.factory=tests.nets:noisy_net", "data.args.num_train=2000")
+
+
+def trained(config: Config) -> dict[str, Any]:
+    from dist_train.train import train
+
+    return train(config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+def test_one_rank_on_nccl_learns(precision: str, sync: str, tmp_path: Path) -> None:
+    options = (f"precision={precision}", f"parallel.sync={sync}", "train.epochs=8", "optim.lr=0.05")
+    summary = run_ranks(trained, 1, small(tmp_path, *GPU, *options))[0]
+    losses = [m["train/loss"] for m in metrics(tmp_path) if "train/loss" in m]
+    assert losses[-1] < losses[0]
+    assert summary["precision"] == precision
+    assert summary["eval_samples"] == 70
+
+
+def waits(config: Config) -> list[int]:
+    """Return how many times the host waited for the device in each of ten steps."""
+    from dist_train import train as loop
+    from dist_train.metrics import Meter
+    from dist_train.plan import make_plan
+    from dist_train.run import open_run
+
+    counts = []
+    with start_ranks(config) as ranks, open_run(config, ranks) as run:
+        data = open_data(config, ranks)
+        plan = make_plan(config, data.num_train)
+        parts = loop._build_parts(config, plan, data, ranks, run)
+        sampler = GlobalOrderSampler(
+            data.num_train, global_batch_size=24, rank=0, world_size=ranks.world_size, seed=0
+        )
+        loop.throw_away_step(parts, data, sampler)
+        meter = Meter(ranks, plan)
+        for step, batch in enumerate(data.loader.train_batches(sampler, 0, 13)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    sums, _ = loop.train_step(parts, batch, step=step)
+                    meter.add(sums)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            counts.append(sum("synchronizing" in str(w.message) for w in caught))
+    return counts[3:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("lag", "expected"), [(0, 1), (1, 0)])
+def test_a_step_waits_for_the_device_only_where_it_says(
+    precision: str, lag: int, expected: int, tmp_path: Path
+) -> None:
+    options = (f"precision={precision}", f"guards.lag={lag}", "optim.clip_norm=1")
+    assert run_ranks(waits, 1, small(tmp_path, *GPU, *options))[0] == [expected] * 10
+
+
+@pytest.mark.parametrize("factory", ["resnet9", "resnet18_cifar", "tutorial_cnn"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deterministic_runs_end_with_the_same_bits(
+    factory: str, precision: str, tmp_path: Path
+) -> None:
+    options = (
+        *GPU[:1],
+        f"model.factory=dist_train.models:{factory}",
+        "deterministic=true",
+        f"precision={precision}",
+        "train.steps=12",
+    )
+    found = {
+        run_ranks(trained, 1, small(tmp_path / name, *options))[0]["weights_sha256"]
+        for name in ("first", "second")
+    }
+    assert len(found) == 1
+
+
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path) -> None:
+    options = (*GPU, "deterministic=true", "optim.schedule=constant", "data.mixup=0.3")
+    clean = run_ranks(trained, 1, small(tmp_path / "a", *options, "train.steps=30"))[0]
+    run_ranks(trained, 1, small(tmp_path / "b", *options, "train.steps=17"))
+    resumed = run_ranks(trained, 1, small(tmp_path / "b", *options, "train.steps=30"))[0]
+    assert resumed["weights_sha256"] == clean["weights_sha256"]
+
+
+def test_more_local_ranks_than_gpus_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    count = torch.cuda.device_count() + 1
+    outcomes = start_ranks_of(trained, count, small(tmp_path, *GPU))
+    assert all(isinstance(o.error, ConfigError) for o in outcomes), outcomes
+    assert f"local rank {count - 1} has no GPU" in str(outcomes[0].error)
+
+
+def test_two_ranks_on_one_gpu_are_refused(tmp_path: Path) -> None:
+    outcomes = start_ranks_of(on_first_gpu, 2, small(tmp_path, *GPU))
+    assert all("are both on GPU" in str(o.error) for o in outcomes), outcomes
+
+
+def on_first_gpu(config: Config) -> dict[str, Any]:
+    import os
+
+    os.environ["LOCAL_RANK"] = "0"
+    return trained(config)
