@@ -26,12 +26,15 @@ def main() -> int:
         if first:
             sys.stdout.write(describe(request.config) + "\n")
         return 0
+    from dist_train.distributed import RankFailedError
     from dist_train.train import train
 
     try:
         train(request.config)
     except ConfigError as mistake:
         return refuse(str(mistake), 2, speak=first)
+    except RankFailedError:
+        return 1  # the rank that failed tells why
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         if code == 1:

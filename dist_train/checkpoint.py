@@ -34,9 +34,17 @@ class CheckpointWriter:
     Only rank 0 has one: nothing here is collective.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, on_error: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        on_saved: Callable[[int], None],
+        on_error: Callable[[str], None],
+    ) -> None:
         self.folder = folder
         self._keep_last = keep_last
+        self._on_saved = on_saved  # called in the thread, with the step
         self._on_error = on_error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -72,6 +80,7 @@ class CheckpointWriter:
 
     def _write(self, state: dict[str, Any], step: int, best_step: int | None) -> None:
         write_checkpoint(self.folder, state, step=step)
+        self._on_saved(step)
         prune(self.folder, keep_last=self._keep_last, keep_step=best_step)
 
 

@@ -145,7 +145,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     Raises:
         ConfigError: the launcher's variables or the table of ranks make no sense; on all ranks.
     """
-    layout = detect_layout(os.environ)
+    layout = detect_layout(os.environ, parent=os.getppid())
     check_world(config, layout.world_size)
     device, device_name, error = torch.device("cpu"), "cpu", None
     try:

@@ -28,8 +28,12 @@ class Layout:
     store_is_served: bool = False  # torchrun's agent already listens at the master's address
 
 
-def detect_layout(env: Mapping[str, str]) -> Layout:
+def detect_layout(env: Mapping[str, str], *, parent: int = 0) -> Layout:
     """Read torchrun's variables, else those of a SLURM step, else say: one process.
+
+    Args:
+        env: the process's environment.
+        parent: the process that started this one; torchrun's agent keeps it over its restarts.
 
     Raises:
         ConfigError: a variable is missing or is no number.
@@ -51,7 +55,7 @@ def detect_layout(env: Mapping[str, str]) -> Layout:
             attempt=attempt + _number(env, "SLURM_RESTART_COUNT", "0"),
             chain=env.get("DIST_TRAIN_CHAIN")
             or env.get("SLURM_JOB_ID")
-            or f"{env.get('TORCHELASTIC_RUN_ID', '')}@{env['MASTER_PORT']}",
+            or f"{env.get('TORCHELASTIC_RUN_ID', 'none')}-{parent}",
             master_addr=env["MASTER_ADDR"],
             master_port=_number(env, "MASTER_PORT"),
             store_is_served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

@@ -37,9 +37,7 @@ FINAL_CODES = (2, 93)  # of status.json: a restart of the same chain would only 
 class EarlierFailureError(RuntimeError):
     """This chain has ended for good before; a restart has nothing to do."""
 
-    def __init__(self, reason: str, exit_code: int) -> None:
-        super().__init__(f"this run ended before, and a restart would only repeat it: {reason}")
-        self.exit_code = exit_code
+    exit_code = 1  # that of the earlier end
 
 
 class Run:
@@ -140,6 +138,7 @@ class Run:
         writer = CheckpointWriter(
             self.folder.checkpoints,
             keep_last=self.config.checkpoint.keep_last,
+            on_saved=lambda step: self.folder.event("saved", step=step),
             on_error=self._save_failed,
         )
         stack.callback(writer.close)
@@ -198,7 +197,6 @@ class Run:
         if writer is None:
             return
         progress.wall_sec += self._lap()
-        self.folder.event("saved", step=progress.step)
         self.folder.set_status("running", step=progress.step)
         best = progress.best_step if self.config.checkpoint.keep_best else None
         writer.save(
@@ -318,7 +316,14 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[Run]:
     folder = RunFolder(run_dir_of(config), ranks)
     run = Run(config, folder, ranks)
     try:
-        run.finished = ranks.from_first(lambda: _claim(run))
+        run.finished, earlier = ranks.from_first(lambda: _claim(run))
+        if earlier is not None:
+            ended = EarlierFailureError(
+                "this run ended before, and a restart would only repeat it: "
+                f"{earlier.get('reason')}"
+            )
+            ended.exit_code = earlier["exit_code"]
+            raise ended
         try:
             yield run
         except Exception as error:
@@ -328,15 +333,19 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[Run]:
         folder.release()
 
 
-def _claim(run: Run) -> dict[str, Any] | None:
-    """Lock, compare and start the folder; returns the summary if there is nothing left to do."""
+def _claim(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Lock, compare and start the folder. Rank 0 only.
+
+    Returns:
+        (the summary of a run that is finished, the status of a chain that ended for good).
+    """
     config, folder, ranks = run.config, run.folder, run.ranks
     folder.claim()
     run.say(f"run folder: {folder.path}")
     status = folder.read_status()
     restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
     if restarted and status.get("exit_code") in FINAL_CODES:
-        raise EarlierFailureError(str(status.get("reason")), status["exit_code"])
+        return None, status
     saved = folder.saved_config()
     has_checkpoints = folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step_*"))
     if saved is not None and has_checkpoints:
@@ -353,7 +362,7 @@ def _claim(run: Run) -> dict[str, Any] | None:
             if summary:
                 run.say("this run is finished; ask for more train.epochs to continue it")
                 run.show(summary)
-                return summary
+                return summary, None
         if before != now:
             run.warn(
                 f"the length changes from (epochs, steps) = {before} to {now}: the learning-rate "
@@ -362,7 +371,7 @@ def _claim(run: Run) -> dict[str, Any] | None:
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
     folder.write_start(config)
     folder.set_status("running", step=status.get("step", 0) if has_checkpoints else 0)
-    return None
+    return None, None
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -10,8 +10,9 @@ import pytest
 from torch.utils.data import DistributedSampler
 
 from dist_train.config import Config
-from dist_train.data import loaders
 from dist_train.data.loaders import open_data, split_indices
+from dist_train.data.pictures import Pictures
+from dist_train.data.sources import load_source
 from dist_train.distributed import start_ranks
 from dist_train.order import (
     GlobalOrderSampler,
@@ -139,16 +140,13 @@ def test_both_data_paths_take_their_indices_from_the_sampler(loader: str, tmp_pa
         swapped = Backwards(
             data.num_train, global_batch_size=24, rank=0, world_size=1, seed=config.seed
         )
-        labels = loaders.load_source(config.data).train
+        source = load_source(config.data).train
         first = next(iter(data.loader.train_batches(plain, 0, 1))).labels.numpy()
         second = next(iter(data.loader.train_batches(swapped, 0, 1))).labels.numpy()
-    everything = (
-        np.array([labels[(i, None)][1] for i in range(240)])
-        if loader == "workers"
-        else (
-            np.asarray(labels.labels)  # pyright: ignore[reportAttributeAccessIssue] # Pictures
-        )
-    )
+    if isinstance(source, Pictures):
+        everything = source.labels
+    else:
+        everything = np.array([source[(i, None)][1] for i in range(240)])
     np.testing.assert_array_equal(second, everything[::-1][:24])
     np.testing.assert_array_equal(first, everything[plain.take(0).indices])
     assert (first != second).any()

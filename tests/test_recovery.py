@@ -111,13 +111,8 @@ def test_a_fused_optimizer_whose_first_step_is_skipped_stays_sane(
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))  # pyright: ignore[reportArgumentType] # a literal
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
-    guard = NonFiniteGuard(
-        model,
-        optimizer,
-        scaler,
-        GuardConfig(lag=lag),
-        torch.device("cpu"),  # pyright: ignore[reportArgumentType] # a literal
-    )
+    guards = GuardConfig(lag=lag)  # pyright: ignore[reportArgumentType] # a literal
+    guard = NonFiniteGuard(model, optimizer, scaler, guards, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
     skipped: list[int] = []
     for step in range(4):
@@ -142,3 +137,14 @@ def test_a_fused_optimizer_whose_first_step_is_skipped_stays_sane(
         assert (param - old).abs().max() < 1.0
     if scaler is not None:
         assert scaler.get_scale() == 512.0
+
+
+def test_a_restart_of_a_chain_that_diverged_ends_at_once(tmp_path: Path) -> None:
+    config = poisoned(tmp_path, list(range(1, 50)), "guards.max_consecutive=2")
+    chain = {"DIST_TRAIN_CHAIN": "one start"}
+    start_ranks_of(weights_after, 2, config, env=chain)
+    restarted = chain | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    for outcome in start_ranks_of(weights_after, 2, config, env=restarted):
+        assert "ended before" in str(outcome.error)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["attempt"], status["exit_code"]) == (0, 93), "the restart left a trace"

@@ -142,3 +142,20 @@ def test_resume_from_a_path_starts_at_that_checkpoint_and_then_at_its_own(tmp_pa
     origins = [e["checkpoint"] for e in events if e["event"] == "resumed"]
     assert origins[0] == str(start)
     assert origins[1].startswith(str(tmp_path / "b"))
+
+
+def test_profile_steps_writes_a_trace_of_the_chosen_ranks(tmp_path: Path) -> None:
+    options = ("train.steps=8", "profile.steps=[2,4]", "profile.ranks=[1]")
+    run_ranks(trained, 2, small(tmp_path, *options))
+    [trace] = (tmp_path / "profile").iterdir()
+    assert trace.name == "rank1_steps_2_4.json"
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("convolution_backward" in name for name in names)
+
+
+def test_the_time_limit_stops_and_saves_like_a_signal(tmp_path: Path) -> None:
+    options = ("train.steps=1000000", "train.max_minutes=0.01", "eval.every_epochs=null")
+    ends = run_ranks(trained, 2, small(tmp_path, *options))
+    assert {e["state"] for e in ends} == {"preempted"}
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["reason"].startswith("train.max_minutes is over on rank")
