@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from dist_train.config.arguments import (
     Request,
     add_run_options,
     compose_request,
+    print_error,
 )
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
@@ -30,17 +32,18 @@ def main(argv: list[str]) -> int:
     """Run `dist-train run`; returns 0 finished or saved, 2 the user's mistake, 93 do not repeat."""
     try:
         options, request = _parse(argv)
+        if options.master_port is not None:
+            _check_port(options.master_port)
     except ConfigError as mistake:
-        sys.stderr.write(f"dist-train: error: {mistake}\n")
+        print_error(str(mistake))
         return 2
     if request.text is not None:
         sys.stdout.write(request.text + "\n")
         return 0
     if options.dry_run:
-        os.environ |= {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
-        return subprocess.call(
-            [sys.executable, "-m", "dist_train", *_rank_arguments(options), "--dry-run"]
-        )
+        command = [sys.executable, "-m", "dist_train", *_rank_arguments(options), "--dry-run"]
+        ranks = {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
+        return subprocess.call(command, env=_with_threads(options.nproc) | ranks)
     return _launch(options, request.config)
 
 
@@ -81,6 +84,30 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
+def _check_port(port: int) -> None:
+    """Refuse a port that torchrun could not listen on: it would die with a traceback."""
+    if not 0 < port < 2**16:
+        raise ConfigError(f"--master-port={port} is out of range: give one from 1 to 65535")
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} cannot be used here ({error.strerror}): choose another --master-port, "
+            "or leave it out for a free one"
+        ) from None
+
+
+def _with_threads(num_local_ranks: int) -> dict[str, str]:
+    """Return the environment with each rank's fair share of the cores, unless the user set it.
+
+    torchrun would set 1 thread and print a banner; whoever reads this knows it is no such 1.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // num_local_ranks)
+    return {"OMP_NUM_THREADS": str(share)} | os.environ
+
+
 def _rank_arguments(options: argparse.Namespace) -> list[str]:
     words = list(options.overrides)
     if options.config is not None:
@@ -108,7 +135,8 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
     chain = uuid.uuid4().hex[:12]
     with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
         verdict = Path(folder) / "verdict.json"
-        environment = os.environ | {VERDICT_VARIABLE: str(verdict), "DIST_TRAIN_CHAIN": chain}
+        environment = _with_threads(options.nproc)
+        environment |= {VERDICT_VARIABLE: str(verdict), "DIST_TRAIN_CHAIN": chain}
         torchrun = subprocess.Popen(torchrun_command(options), env=environment)
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -123,7 +151,9 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if verdict.is_file():
-            return json.loads(verdict.read_text())["exit_code"]
+            told = json.loads(verdict.read_text())
+            print_error(told["reason"])
+            return told["exit_code"]
     return _code_of_status(config, chain, code)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def batch_digests(config: Config, first_step: int, last_step: int) -> list[list[
 
 def joined(by_rank: list[list[list[str]]]) -> list[list[str]]:
     """Put the ranks' shares of each step one after the other."""
-    return [sum(shares, []) for shares in zip(*by_rank, strict=True)]
+    return [[x for part in shares for x in part] for shares in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize("loader", ["memory", "workers"])
@@ -80,7 +81,7 @@ def test_the_same_samples_with_the_same_augmentation_on_1_2_3_and_4_ranks(
     last = 12  # crosses the end of the epoch of 10 steps, the last of them short
     alone = joined(run_ranks(batch_digests, 1, config, 0, last))
     assert [len(step) for step in alone] == [22] * 9 + [18] + [22] * 2
-    assert len(set(sum(alone[:10], []))) == 216, "a sample came twice in an epoch"
+    assert len({x for step in alone[:10] for x in step}) == 216, "a sample came twice in an epoch"
     assert alone[0] != alone[10], "the second epoch has the order of the first"
     for world_size in (2, 3, 4):
         assert joined(run_ranks(batch_digests, world_size, config, 0, last)) == alone
@@ -159,7 +160,7 @@ def test_the_sampler_is_a_distributed_sampler_and_iterates_an_epoch() -> None:
     assert all(isinstance(s, DistributedSampler) for s in samplers)
     seen = [list(s) for s in samplers]
     assert [len(s) for s in samplers] == [len(x) for x in seen] == [18, 15, 15]
-    assert len(set(sum(seen, []))) == 48
+    assert len({x for part in seen for x in part}) == 48
     for sampler in samplers:
         sampler.set_epoch(1)
     assert [list(s) for s in samplers] != seen
@@ -171,7 +172,7 @@ def test_shares_are_contiguous_and_differ_by_at_most_one() -> None:
             parts = [share(total, rank, world_size) for rank in range(world_size)]
             assert parts[0][0] == 0
             assert parts[-1][1] == total
-            assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+            assert all(a[1] == b[0] for a, b in pairwise(parts))
             sizes = {last - first for first, last in parts}
             assert max(sizes) - min(sizes) <= 1
 

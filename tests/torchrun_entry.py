@@ -1,4 +1,4 @@
-"""`python -m dist_train` with one fault an attempt: TEST_FAULTS is a JSON list, by restart count."""
+"""`python -m dist_train` with one fault an attempt: TEST_FAULTS is a JSON list of them."""
 
 import json
 import os

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dist_train.config.compose import compose, describe
 from dist_train.config.schema import Config, ConfigError
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
+LINGER_SEC = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,15 +65,25 @@ def compose_request(options: argparse.Namespace) -> Request:
 def refuse(message: str, exit_code: int, *, speak: bool) -> int:
     """Tell the user's mistake in one line on standard error; returns the process's exit code.
 
-    Under `dist-train run` the code goes through a file and this process ends with 0: torchrun
+    Under `dist-train run` line and code go through a file and this process ends with 0: torchrun
     would neither keep the code nor be quiet about it.
     """
-    line = " ".join(message.split())
-    if speak:
-        sys.stderr.write(f"dist-train: error: {line}\n")
-        sys.stderr.flush()
     verdict = os.environ.get(VERDICT_VARIABLE)
-    if not verdict:
-        return exit_code
-    Path(verdict).write_text(json.dumps({"exit_code": exit_code, "reason": line}))
-    return 0
+    if verdict:
+        path = Path(verdict)
+        own = path.with_name(f"{path.name}.{os.getpid()}")
+        own.write_text(json.dumps({"exit_code": exit_code, "reason": message}))
+        own.replace(path)  # whole, whichever rank is the last
+        return 0
+    if speak:
+        print_error(message)
+    elif {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
+        # The launcher ends all ranks with the first that fails, also the one that speaks.
+        time.sleep(LINGER_SEC)
+    return exit_code
+
+
+def print_error(message: str) -> None:
+    """Write the one line that a mistake gets."""
+    sys.stderr.write(f"dist-train: error: {' '.join(message.split())}\n")
+    sys.stderr.flush()

@@ -131,11 +131,13 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     value = override.value()
     if override.is_sweep_override():
         raise ConfigError(f"{line} is a sweep: one run takes one value; give several to a launcher")
+    if override.is_delete():
+        raise ConfigError(f"{line} deletes a setting, which cannot be: write {key}=VALUE")
     if "${" in line:
-        _refuse_resolvers({key: line})
-    if key in groups and isinstance(value, str):
+        _refuse_resolvers({key: override.value()})
+    if key in groups:
         if value not in groups[key]:
-            raise ConfigError(f"{key}={value} does not exist{did_you_mean(value, groups[key])}")
+            raise ConfigError(f"{line} does not exist{did_you_mean(str(value), groups[key])}")
         return override
     known = dict(leaves(Config))
     owners = [k for k, hint in known.items() if "dict" in str(hint) and key.startswith(f"{k}.")]
@@ -144,10 +146,7 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     if config_file is not None and key in ("model", "data", "optim", "experiment", "cluster"):
         raise ConfigError(f"{line}: groups are not used with --config; set single keys instead")
     if key not in known:
-        near = [*known, *groups]
-        raise ConfigError(
-            unknown_key(key) if key not in groups else f"{line}{did_you_mean(key, near)}"
-        )
+        raise ConfigError(unknown_key(key, groups))
     return override
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
@@ -23,9 +23,10 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     return cls(**made)
 
 
-def unknown_key(key: str) -> str:
-    """Say that `key` is none of ours, with the nearest that is."""
-    return f"unknown key {key!r}{did_you_mean(key, [k for k, _ in leaves(Config)])}"
+def unknown_key(key: str, groups: Iterable[str] = ()) -> str:
+    """Say that `key` is none of ours, with the nearest key or group that is."""
+    hint = did_you_mean(key, [*groups, *(k for k, _ in leaves(Config))])
+    return f"unknown key {key!r}{hint or ': --print-config lists all'}"
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:
