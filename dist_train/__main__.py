@@ -20,17 +20,15 @@ def main() -> int:
             sys.stdout.write(request.text + "\n")
         return 0
     # Only now: torch takes a second to import, and a wrong key should not wait for it.
-    if request.dry_run:
-        from dist_train.dry_run import describe
-
-        if first:
-            sys.stdout.write(describe(request.config) + "\n")
-        return 0
     from dist_train.distributed import RankFailedError
+    from dist_train.dry_run import describe
     from dist_train.train import train
 
     try:
-        train(request.config)
+        if not request.dry_run:
+            train(request.config)
+        elif first:
+            sys.stdout.write(describe(request.config) + "\n")
     except ConfigError as mistake:
         return refuse(str(mistake), 2, speak=first)
     except RankFailedError:

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.arguments import VERDICT_VARIABLE
 from dist_train.config.check import check_world
 from dist_train.config.identity import full_hash
 from dist_train.layout import Layout, Registration, check_registrations, detect_layout
 
 T = TypeVar("T")
+VERDICT_GRACE_SEC = 15.0
 
 
 class RankFailedError(RuntimeError):
@@ -193,11 +195,13 @@ def threads_of(asked: int | None, layout: Layout, env: Any) -> int:
     """Return the number of threads of this rank: the key, else OMP_NUM_THREADS, else a fair share.
 
     torchrun sets OMP_NUM_THREADS=1 by itself when it starts several ranks; that 1 is not a wish.
+    Under `dist-train run`, which sets the fair share before torchrun can, it is one.
     """
     if asked is not None:
         return asked
     set_by_user = env.get("OMP_NUM_THREADS", "")
-    by_torchrun = layout.launcher == "torchrun" and layout.local_world_size > 1
+    bare = layout.launcher == "torchrun" and VERDICT_VARIABLE not in env
+    by_torchrun = bare and layout.local_world_size > 1
     if set_by_user.isdigit() and not (set_by_user == "1" and by_torchrun):
         return max(1, int(set_by_user))
     return max(1, len(os.sched_getaffinity(0)) // layout.local_world_size)
@@ -264,23 +268,27 @@ def _register(
     line = json.dumps(dataclasses.asdict(entry))
     slot = store.add(f"came/{layout.rank}", 1)  # a second process with this rank gets 2
     store.set(f"rank/{layout.rank}/{slot}", line)
+    start_sec = config.parallel.start_timeout_sec
     if layout.rank == 0 and slot == 1:
         table = []
+        end = time.monotonic() + start_sec
         for rank in range(layout.world_size):
+            left = timedelta(seconds=max(0.01, end - time.monotonic()))
             with contextlib.suppress(RuntimeError):  # waited the whole time: reported as missing
-                store.wait([f"rank/{rank}/1"])
+                store.wait([f"rank/{rank}/1"], left)
                 came = store.add(f"came/{rank}", 0)
                 for n in range(1, came + 1):
                     text = store.get(f"rank/{rank}/{n}").decode()
                     table.append(Registration(**json.loads(text)))
         store.set("verdict", check_registrations(table, layout.world_size) or "")
     try:
+        # Longer than rank 0 waits: it knows who is missing.
+        store.wait(["verdict"], timedelta(seconds=start_sec + VERDICT_GRACE_SEC))
         verdict = store.get("verdict").decode()
     except RuntimeError:
         raise ConfigError(
-            f"rank 0 of {layout.world_size} did not come within "
-            f"{config.parallel.start_timeout_sec:.0f} s: start it, or raise "
-            "parallel.start_timeout_sec"
+            f"rank 0 of {layout.world_size} did not come within {start_sec:.0f} s: start it, or "
+            "raise parallel.start_timeout_sec"
         ) from None
     if verdict:
         store.add("verdict_read", 1)

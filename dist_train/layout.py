@@ -130,17 +130,17 @@ def check_registrations(table: list[Registration], world_size: int) -> str | Non
     for entry in table:
         if entry.error is not None:
             return f"rank {entry.rank} on {entry.host}: {entry.error}"
-    missing = sorted(set(range(world_size)) - {entry.rank for entry in table})
-    if missing:
-        return (
-            f"rank {', '.join(map(str, missing))} of {world_size} did not come: start as many "
-            "processes on every node as --nproc-per-node (or --ntasks-per-node) and --nnodes say"
-        )
     twice = [rank for rank, n in Counter(entry.rank for entry in table).items() if n > 1]
     if twice:
         return (
             f"two processes are rank {twice[0]}: give every node its own --node-rank, and start "
             "one process for each task"
+        )
+    missing = sorted(set(range(world_size)) - {entry.rank for entry in table})
+    if missing:
+        return (
+            f"rank {', '.join(map(str, missing))} of {world_size} did not come: start as many "
+            "processes on every node as --nproc-per-node (or --ntasks-per-node) and --nnodes say"
         )
     for entry in table:
         if entry.world_size != world_size:

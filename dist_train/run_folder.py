@@ -35,7 +35,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._ranks = ranks
         self._writes = ranks.rank == 0
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     def claim(self) -> None:
         """Make the folder, prove that it can be written to, and lock it. Rank 0 only.
@@ -48,7 +48,7 @@ class RunFolder:
         """
         try:
             (self.path / "log").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a+")
+            self._lock = (self.path / "lock").open("ab+", buffering=0)
             self._take_lock()
             probe = self.path / ".probe"
             try:
@@ -66,18 +66,18 @@ class RunFolder:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            holder = self._lock.read().decode().strip() or "another process"
             raise ConfigError(
                 f"run_dir {self.path} is in use by {holder}: wait for it, stop it, or give this "
                 "run another run_dir"
             ) from None
         self._lock.seek(0)
         self._lock.truncate()
-        self._lock.write(
+        holder = (
             f"process {os.getpid()} on {socket.gethostname()} "
             f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
-        self._lock.flush()
+        self._lock.write(holder.encode())
 
     def release(self) -> None:
         """Give the lock back."""

@@ -135,7 +135,7 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
         raise ConfigError(f"{line} deletes a setting, which cannot be: write {key}=VALUE")
     if "${" in line:
         _refuse_resolvers({key: override.value()})
-    if key in groups:
+    if key in groups and (value is not None or key != "experiment"):
         if value not in groups[key]:
             raise ConfigError(f"{line} does not exist{did_you_mean(str(value), groups[key])}")
         return override
