@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dist_train.config import Config, ConfigError
-from dist_train.config.arguments import VERDICT_VARIABLE
 from dist_train.config.check import check_world
 from dist_train.config.identity import full_hash
+from dist_train.device import bind_device, check_precision, set_determinism, threads_of
 from dist_train.layout import Layout, Registration, check_registrations, detect_layout
 
 T = TypeVar("T")
@@ -151,11 +151,11 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     check_world(config, layout.world_size)
     device, device_name, error = torch.device("cpu"), "cpu", None
     try:
-        device, device_name = _bind_device(config, layout)
-        _check_precision(config, device)
+        device, device_name = bind_device(config, layout)
+        check_precision(config, device)
     except ConfigError as mistake:
         error = str(mistake)
-    _set_determinism(config)
+    set_determinism(config)
     torch.set_num_threads(threads_of(config.threads, layout, os.environ))
     if layout.launcher == "single":
         if error is not None:
@@ -189,22 +189,6 @@ def shorten_timeouts(ranks: Ranks, seconds: float) -> None:
     set_timeout = newer or dist.distributed_c10d._set_pg_timeout
     for group in (dist.group.WORLD, ranks.control):
         set_timeout(timedelta(seconds=seconds), group)
-
-
-def threads_of(asked: int | None, layout: Layout, env: Any) -> int:
-    """Return the number of threads of this rank: the key, else OMP_NUM_THREADS, else a fair share.
-
-    torchrun sets OMP_NUM_THREADS=1 by itself when it starts several ranks; that 1 is not a wish.
-    Under `dist-train run`, which sets the fair share before torchrun can, it is one.
-    """
-    if asked is not None:
-        return asked
-    set_by_user = env.get("OMP_NUM_THREADS", "")
-    bare = layout.launcher == "torchrun" and VERDICT_VARIABLE not in env
-    by_torchrun = bare and layout.local_world_size > 1
-    if set_by_user.isdigit() and not (set_by_user == "1" and by_torchrun):
-        return max(1, int(set_by_user))
-    return max(1, len(os.sched_getaffinity(0)) // layout.local_world_size)
 
 
 def _ranks(layout: Layout, device: torch.device, control: dist.ProcessGroup | None) -> Ranks:
@@ -302,74 +286,3 @@ def _wait_for_readers(store: Store, world_size: int) -> None:
     end = time.monotonic() + 5.0
     while store.add("verdict_read", 0) < world_size and time.monotonic() < end:
         time.sleep(0.02)
-
-
-def _bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
-    """Return this rank's device and the name that is unique to it on the host."""
-    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    if gpus == 0:
-        if config.device == "cuda":
-            raise ConfigError(
-                "device=cuda, but torch sees no GPU: install a driver and a CUDA build of torch, "
-                "or set device=cpu"
-            )
-        return torch.device("cpu"), "cpu"
-    index = 0 if gpus == 1 and layout.local_world_size == 1 else layout.local_rank
-    if gpus == 1 and layout.launcher == "slurm":
-        index = 0  # --gpus-per-task=1 shows each task its own GPU as number 0
-    if index >= gpus:
-        raise ConfigError(
-            f"local rank {layout.local_rank} has no GPU: {gpus} visible, "
-            f"{layout.local_world_size} processes on this node: start at most {gpus} "
-            "(--nproc-per-node), or set device=cpu"
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    properties = torch.cuda.get_device_properties(device)
-    if config.parallel.numa_binding:
-        _bind_numa(properties)
-    return device, str(getattr(properties, "uuid", index))
-
-
-def _bind_numa(properties: Any) -> None:
-    """Run this process on the cores of its GPU's NUMA node (Linux sysfs)."""
-    place = (
-        f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}"
-    )
-    try:
-        with open(f"/sys/bus/pci/devices/{place}.0/local_cpulist") as file:
-            ranges = [part.split("-") for part in file.read().strip().split(",") if part]
-    except OSError as error:
-        raise ConfigError(
-            f"parallel.numa_binding=true, but the GPU's cores cannot be read: {error}"
-        ) from None
-    cores = {c for r in ranges for c in range(int(r[0]), int(r[-1]) + 1)}
-    usable = cores & os.sched_getaffinity(0)
-    if usable:
-        os.sched_setaffinity(0, usable)
-
-
-def _check_precision(config: Config, device: torch.device) -> None:
-    if config.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32")
-    if config.parallel.sync_batchnorm and device.type == "cpu":
-        raise ConfigError(
-            "parallel.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm refuses CPU tensors"
-        )
-    if config.precision == "bf16" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            raise ConfigError(
-                f"precision=bf16 needs a GPU of compute capability 8.0 or newer, this one is "
-                f"{major}.{minor}: use precision=fp16"
-            )
-
-
-def _set_determinism(config: Config) -> None:
-    if config.deterministic:
-        # Read by cuBLAS when its handle is made, by NCCL when a communicator is.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")
-        os.environ.setdefault("NCCL_PROTO", "Simple")
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic

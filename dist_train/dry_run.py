@@ -10,7 +10,8 @@ from dist_train.config import Config
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
 from dist_train.data.loaders import open_data
-from dist_train.distributed import Ranks, threads_of
+from dist_train.device import threads_of
+from dist_train.distributed import Ranks
 from dist_train.layout import detect_layout
 from dist_train.optim import peak_learning_rate
 from dist_train.order import micro_batches, share

@@ -42,7 +42,9 @@ class NonFiniteGuard:
         self._buffers = [b for b in module.buffers() if b.numel() > 0]
         self._snapshot = [b.detach().clone() for b in self._buffers]
         self._pinned = device.type == "cuda"
-        self._flag: tuple[int, Tensor, Any] | None = None  # step, host flag, its event
+        self._unread: tuple[int, Tensor, Any] | None = None  # step, host flag, its event
+        self._skipped: list[int] = []
+        self.skip_flag: Tensor | None = None  # lag=1: 0-d on the device, 1.0 if to be skipped
         self.consecutive = 0
 
     def before_step(self) -> None:
@@ -51,45 +53,48 @@ class NonFiniteGuard:
             torch._foreach_copy_(self._snapshot, self._buffers)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
 
     @torch.no_grad()
-    def apply(self, grad_norm: Tensor, step: int) -> tuple[Tensor | None, list[int]]:
-        """Take the optimizer step if `grad_norm` (0-d) is finite; waits unless lag=1.
+    def approves(self, grad_norm: Tensor, step: int) -> bool:
+        """Say whether to call the optimizer; follow with `after_step`. Waits unless lag=1.
 
-        Returns:
-            (0-d 1.0 or 0.0 on the device if the verdict is not read yet, else None;
-            the steps that are now known to have been skipped).
+        With lag=1 the answer is always yes: the fused kernel itself does nothing if the norm is
+        not finite, and what came of it is known a step later.
+
+        Args:
+            grad_norm: 0-d, of the reduced gradients: equal on all ranks.
+            step: the step at hand.
         """
         if self._config.lag == 0:
             finite = math.isfinite(grad_norm.item())  # the one wait of the step
-            if finite:
-                self._optimizer_step(None)
-            else:
+            self._count(step, finite)
+            if not finite:
                 self.restore_buffers()
-            if self._scaler is not None:
-                self._scaler.update()
-            return None, self._count(step, finite)
-        known = self.settle()
-        bad = (~torch.isfinite(grad_norm)).to(torch.float32)
-        self._optimizer_step(bad)
-        self.restore_buffers(bad)
-        if self._scaler is not None:
-            self._scaler.update()
+            return finite
+        self._settle()
+        self.skip_flag = (~torch.isfinite(grad_norm)).to(torch.float32)
+        self.restore_buffers(self.skip_flag)
         flag = torch.empty((), dtype=torch.float32, pin_memory=self._pinned)
-        flag.copy_(bad, non_blocking=True)
+        flag.copy_(self.skip_flag, non_blocking=True)
         event = torch.cuda.Event() if self._pinned else None
         if event is not None:
             event.record()
-        self._flag = (step, flag, event)
-        return bad, known
+        self._unread = (step, flag, event)
+        if self._scaler is None:  # what GradScaler does for fused optimizers
+            self._optimizer.found_inf = self.skip_flag  # type: ignore[attr-defined] # they read it
+        return True
 
-    def settle(self) -> list[int]:
-        """Read the flag that lag=1 left open; returns its step if that was skipped."""
-        if self._flag is None:
-            return []
-        step, flag, event = self._flag
-        self._flag = None
-        if event is not None:
-            event.synchronize()  # recorded a whole step ago: passed unless the device is behind
-        return self._count(step, flag.item() == 0.0)
+    def after_step(self) -> None:
+        """Tidy up after the optimizer was called, or not."""
+        if self._scaler is not None:
+            self._scaler.update()
+        elif self.skip_flag is not None:
+            del self._optimizer.found_inf  # type: ignore[attr-defined] # set in approves
+
+    def take_skipped(self, *, settle: bool = False) -> list[int]:
+        """Return the steps found skipped since the last call; `settle` reads the open flag too."""
+        if settle:
+            self._settle()
+        skipped, self._skipped = self._skipped, []
+        return skipped
 
     @property
     def exhausted(self) -> bool:
@@ -104,21 +109,20 @@ class NonFiniteGuard:
             else:
                 torch.where(bad > 0, before, buffer, out=buffer)
 
-    def _count(self, step: int, finite: bool) -> list[int]:
-        self.consecutive = 0 if finite else self.consecutive + 1
-        return [] if finite else [step]
+    def _settle(self) -> None:
+        """Read the flag that lag=1 left open."""
+        if self._unread is None:
+            return
+        step, flag, event = self._unread
+        self._unread = None
+        if event is not None:
+            event.synchronize()  # recorded a whole step ago: passed unless the device is behind
+        self._count(step, flag.item() == 0.0)
 
-    def _optimizer_step(self, bad: Tensor | None) -> None:
-        if self._scaler is not None:
-            self._scaler.step(self._optimizer)
-            return
-        if bad is None:
-            self._optimizer.step()
-            return
-        # What GradScaler does for fused optimizers: a found_inf of 1 makes the kernel do nothing.
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined] # read by fused optimizers
-        self._optimizer.step()
-        del self._optimizer.found_inf  # type: ignore[attr-defined] # as GradScaler does
+    def _count(self, step: int, finite: bool) -> None:
+        self.consecutive = 0 if finite else self.consecutive + 1
+        if not finite:
+            self._skipped.append(step)
 
 
 def diverged(

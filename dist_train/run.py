@@ -1,7 +1,6 @@
 """A run's life around the loop: claim its folder, resume, save, report, and end truthfully."""
 
 import contextlib
-import math
 import resource
 import sys
 import time
@@ -17,7 +16,6 @@ from dist_train.checkpoint import (
     load_state,
     newest_good,
     read_verified,
-    weights_sha256,
 )
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, run_dir_of
@@ -29,6 +27,7 @@ from dist_train.plan import Plan
 from dist_train.progress import Progress
 from dist_train.run_folder import RunFolder, cpu_name, read_json
 from dist_train.state import Parts, capture, check_facts, restore, run_facts
+from dist_train.summary import make_summary, table
 from dist_train.tracking import Trackers, open_trackers
 
 FINAL_CODES = (2, 93)  # of status.json: a restart of the same chain would only repeat them
@@ -59,8 +58,9 @@ class Run:
         """Show a line on rank 0's console and keep it in log/rank0.txt."""
         if self.ranks.rank != 0:
             return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with (self.path / "log" / "rank0.txt").open("a") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
         if self._trackers.is_open:
             self._trackers.message(text)
         else:
@@ -219,68 +219,24 @@ class Run:
     def end_finished(
         self,
         writer: CheckpointWriter | None,
+        parts: Parts,
         progress: Progress,
-        plan: Plan,
         data: Data,
         result: dict[str, float],
-        parts: Parts,
     ) -> dict[str, Any]:
         """Write the summary, print its table and record that the run is over. Not collective."""
         if writer is not None and not writer.wait():
             self.warn("the last checkpoint is missing; the summary stands")
         progress.wall_sec += self._lap()
-        sec = progress.train_sec
         if parts.ema is not None:
-            parts.ema.swap()
-        summary: dict[str, Any] = {
-            "state": "finished",
-            "dataset": data.name,
-            "world_size": self.ranks.world_size,
-            "device": self._facts["device"],
-            "precision": parts.precision,
-            "steps": progress.step,
-            "epochs": round(plan.epoch(progress.step), 4),
-            "global_batch_size": plan.global_batch_size,
-            "samples_seen": progress.samples_seen,
-            "skipped_steps": progress.skipped_steps,
-            "train_images_per_sec": progress.samples_seen / sec if sec > 0 else math.nan,
-            "eval_split": "test",
-            "eval_accuracy": result["accuracy"],
-            "eval_top5": result["top5"],
-            "eval_loss": result["loss"],
-            "eval_samples": int(result["samples"]),
-            "val_accuracy": progress.best_accuracy and progress.last_eval.get("accuracy"),
-            "best_val_accuracy": progress.best_accuracy,
-            "best_step": progress.best_step,
-            "early_stopped": progress.patience_is_over,
-            "wall_sec": progress.wall_sec,
-            "attempt": self.ranks.attempt,
-            "weights_sha256": weights_sha256(parts.replica.module.state_dict()),
-            "torch": str(torch.__version__),
-            "run_dir": str(self.path),
-        }
+            parts.ema.swap()  # the average is what was evaluated
+        summary = make_summary(parts, progress, data, result, self._facts["device"], self.ranks)
+        summary["run_dir"] = str(self.path)
         self.folder.write_summary(summary)
         self.folder.event("finished", step=progress.step)
         self.folder.set_status("finished", step=progress.step, exit_code=0)
-        self.show(summary)
+        self.say(table(summary))
         return summary
-
-    def show(self, summary: dict[str, Any]) -> None:
-        """Print the table that a run ends with."""
-        rate = summary["train_images_per_sec"]
-        best = summary["best_val_accuracy"]
-        rows = [
-            ("dataset", summary["dataset"]),
-            ("test accuracy", f"{summary['eval_accuracy']:.2%} of {summary['eval_samples']:,}"),
-            ("best validation", "no split" if best is None else f"{best:.2%}"),
-            ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps"),
-            ("images/s", f"{rate:,.0f} on {summary['world_size']} x {summary['device']}"),
-            ("precision", summary["precision"]),
-            ("time", f"{summary['wall_sec']:,.0f} s"),
-            ("files", summary["run_dir"]),
-        ]
-        for name, value in rows:
-            self.say(f"  {name:<16} {value}")
 
     def failed(self, error: BaseException) -> None:
         """Record why this attempt failed; the first rank to do so is believed."""
@@ -361,7 +317,7 @@ def _claim(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             summary = read_json(folder.path / "summary.json")
             if summary:
                 run.say("this run is finished; ask for more train.epochs to continue it")
-                run.show(summary)
+                run.say(table(summary))
                 return summary, None
         if before != now:
             run.warn(

@@ -68,21 +68,17 @@ def train(config: Config) -> dict[str, Any]:
         meter.start(progress.step)
         batches = data.loader.train_batches(sampler, progress.step, last_step)
         for batch in profiled(batches, config.profile, run.path, ranks, progress.step):
-            sums, skipped = train_step(
-                parts, batch, step=progress.step, generation=progress.generation
-            )
+            sums = train_step(parts, batch, step=progress.step, generation=progress.generation)
             progress.step += 1
             progress.samples_seen += batch.global_size
             meter.add(sums)
-            for bad_step in skipped:
-                _note_skip(parts, batch, progress, run, bad_step)
+            _note_skips(parts, batch, progress, run)
             if not meter.meeting_due(progress.step):
                 continue
 
             # A boundary: all ranks are here, and agree on what comes next.
             stopping = meter.meet(progress, stopping=stop.reason is not None)
-            for bad_step in parts.guard.settle():
-                _note_skip(parts, batch, progress, run, bad_step)
+            _note_skips(parts, batch, progress, run, settle=True)
             if plan.log_due(progress.step):
                 trackers.log(run.stamp(progress, plan) | meter.line(progress))
             meter.pause()
@@ -98,23 +94,20 @@ def train(config: Config) -> dict[str, Any]:
         result = None if stopping else _final_evaluation(parts, data, progress, run, stop)
         if result is None:
             return run.end_preempted(writer, progress, ranks.gather(stop.reason))
-        return run.end_finished(writer, progress, plan, data, result, parts)
+        return run.end_finished(writer, parts, progress, data, result)
 
 
-def train_step(
-    parts: Parts, batch: Batch, *, step: int, generation: int = 0
-) -> tuple[Tensor, list[int]]:
+def train_step(parts: Parts, batch: Batch, *, step: int, generation: int = 0) -> Tensor:
     """Take one optimizer step on this rank's part of a global batch. Collective.
 
     Returns:
-        (3,) float64 on the device: this rank's summed loss, correct and samples;
-        the steps now known to have been skipped because their gradients were not finite.
+        (3,) float64 on the device: this rank's summed loss, correct and samples.
     """
-    config, replica = parts.config, parts.replica
-    lr = learning_rate(step, config.optim, parts.plan)
-    set_learning_rate(parts.optimizer, lr)
+    config, replica, optimizer = parts.config, parts.replica, parts.optimizer
+    scaler, guard = parts.scaler, parts.guard
+    set_learning_rate(optimizer, learning_rate(step, config.optim, parts.plan))
     replica.zero_grad()
-    parts.guard.before_step()
+    guard.before_step()
     sums = torch.zeros(3, dtype=torch.float64, device=batch.images.device)
 
     pieces = micro_batches(len(batch), config.train.micro_batch_size)
@@ -127,17 +120,22 @@ def train_step(
                 logits = replica(part.images)
             loss = task.loss_sum(logits, part, label_smoothing=config.optim.label_smoothing)
             scaled = loss * (replica.loss_factor / batch.global_size)
-            (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
         sums += task.train_sums(loss, logits, part)
 
     replica.reduce()
-    if parts.scaler is not None:
-        parts.scaler.unscale_(parts.optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     grad_norm = replica.clip(config.optim.clip_norm)
-    skipped_flag, skipped = parts.guard.apply(grad_norm, step)
-    if parts.ema is not None and step not in skipped:
-        parts.ema.update(step, skipped_flag)
-    return sums, skipped
+    if guard.approves(grad_norm, step):
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        if parts.ema is not None:
+            parts.ema.update(step, keep=guard.skip_flag)
+    guard.after_step()
+    return sums
 
 
 def evaluate(
@@ -268,11 +266,15 @@ def _final_evaluation(
     return evaluate_weights(parts, data, "test", stop)
 
 
-def _note_skip(parts: Parts, batch: Batch, progress: Progress, run: Run, bad_step: int) -> None:
-    """Count a skipped step; when there were too many in a row, say where it began and give up."""
-    progress.skipped_steps += 1
-    run.folder.event("skipped_step", step=bad_step, reason="gradient norm is not finite")
-    if not parts.guard.exhausted:
+def _note_skips(
+    parts: Parts, batch: Batch, progress: Progress, run: Run, *, settle: bool = False
+) -> None:
+    """Count skipped steps; after too many in a row say where it began, and give up. Collective."""
+    skipped = parts.guard.take_skipped(settle=settle)
+    for step in skipped:
+        progress.skipped_steps += 1
+        run.folder.event("skipped_step", step=step, reason="gradient norm is not finite")
+    if not skipped or not parts.guard.exhausted:
         return
 
     def loss_of_batch() -> Tensor:
@@ -281,4 +283,4 @@ def _note_skip(parts: Parts, batch: Batch, progress: Progress, run: Run, bad_ste
         return task.loss_sum(logits, batch)
 
     replica, in_a_row = parts.replica, parts.guard.consecutive
-    raise diverged(replica.ranks, replica.module, loss_of_batch, bad_step, in_a_row)
+    raise diverged(replica.ranks, replica.module, loss_of_batch, skipped[-1], in_a_row)

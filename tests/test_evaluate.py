@@ -16,7 +16,7 @@ def evaluated(config: Config) -> dict[str, Any]:
     from dist_train import train as loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.NonFiniteGuard, "apply", lambda self, norm, step: (None, []))
+        patch.setattr(loop.NonFiniteGuard, "approves", lambda self, norm, step: False)
         return loop.train(config)
 
 

@@ -58,7 +58,7 @@ def waits(config: Config) -> list[int]:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 try:
-                    sums, _ = loop.train_step(parts, batch, step=step)
+                    sums = loop.train_step(parts, batch, step=step)
                     meter.add(sums)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")

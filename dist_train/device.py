@@ -1,0 +1,100 @@
+"""This rank's device, threads and determinism; refuses what the device cannot do."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dist_train.config import Config, ConfigError
+from dist_train.config.arguments import VERDICT_VARIABLE
+from dist_train.layout import Layout
+
+
+def bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
+    """Return this rank's device and the name that is unique to it on the host."""
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if gpus == 0:
+        if config.device == "cuda":
+            raise ConfigError(
+                "device=cuda, but torch sees no GPU: install a driver and a CUDA build of torch, "
+                "or set device=cpu"
+            )
+        return torch.device("cpu"), "cpu"
+    index = 0 if gpus == 1 and layout.local_world_size == 1 else layout.local_rank
+    if gpus == 1 and layout.launcher == "slurm":
+        index = 0  # --gpus-per-task=1 shows each task its own GPU as number 0
+    if index >= gpus:
+        raise ConfigError(
+            f"local rank {layout.local_rank} has no GPU: {gpus} visible, "
+            f"{layout.local_world_size} processes on this node: start at most {gpus} "
+            "(--nproc-per-node), or set device=cpu"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    properties = torch.cuda.get_device_properties(device)
+    if config.parallel.numa_binding:
+        _bind_numa(properties)
+    return device, str(getattr(properties, "uuid", index))
+
+
+def _bind_numa(properties: Any) -> None:
+    """Run this process on the cores of its GPU's NUMA node (Linux sysfs)."""
+    place = (
+        f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}"
+    )
+    try:
+        with open(f"/sys/bus/pci/devices/{place}.0/local_cpulist") as file:
+            ranges = [part.split("-") for part in file.read().strip().split(",") if part]
+    except OSError as error:
+        raise ConfigError(
+            f"parallel.numa_binding=true, but the GPU's cores cannot be read: {error}"
+        ) from None
+    cores = {c for r in ranges for c in range(int(r[0]), int(r[-1]) + 1)}
+    usable = cores & os.sched_getaffinity(0)
+    if usable:
+        os.sched_setaffinity(0, usable)
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if the device cannot compute what the configuration asks for."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32")
+    if config.parallel.sync_batchnorm and device.type == "cpu":
+        raise ConfigError(
+            "parallel.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm refuses CPU tensors"
+        )
+    if config.precision == "bf16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ConfigError(
+                f"precision=bf16 needs a GPU of compute capability 8.0 or newer, this one is "
+                f"{major}.{minor}: use precision=fp16"
+            )
+
+
+def set_determinism(config: Config) -> None:
+    """Choose deterministic algorithms, or fast ones, before any handle or communicator is made."""
+    if config.deterministic:
+        # Read by cuBLAS when its handle is made, by NCCL when a communicator is.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NCCL_PROTO", "Simple")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int:
+    """Return the number of threads of this rank: the key, else OMP_NUM_THREADS, else a fair share.
+
+    torchrun sets OMP_NUM_THREADS=1 by itself when it starts several ranks; that 1 is not a wish.
+    Under `dist-train run`, which sets the fair share before torchrun can, it is one.
+    """
+    if asked is not None:
+        return asked
+    set_by_user = env.get("OMP_NUM_THREADS", "")
+    bare = layout.launcher == "torchrun" and VERDICT_VARIABLE not in env
+    by_torchrun = bare and layout.local_world_size > 1
+    if set_by_user.isdigit() and not (set_by_user == "1" and by_torchrun):
+        return max(1, int(set_by_user))
+    return max(1, len(os.sched_getaffinity(0)) // layout.local_world_size)
