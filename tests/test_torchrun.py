@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.settings import SMALL, metrics, small
 from tests.test_resume import HARD
 
@@ -123,3 +123,31 @@ def test_dist_train_run_answers_with_the_code_of_the_run(tmp_path: Path) -> None
     assert process.returncode == 0, "preempted and saved is 0, whatever torchrun says"
     assert "the same command continues" in out
     assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_torchruns_that_meet_at_an_endpoint_are_one_run(tmp_path: Path) -> None:
+    clean = run_ranks(trained, 2, small(tmp_path / "clean", *HARD))[0]
+    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        command += [f"--node-rank={node}", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+        command += [f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1", "-m", "dist_train"]
+        command += [*SMALL, *HARD, f"run_dir={tmp_path / 'run'}"]
+        nodes.append(
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        )
+    ends = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["weights_sha256"] == clean["weights_sha256"]
+    assert sum("run folder:" in out for out, _ in ends) == 1, "both machines spoke"

@@ -43,7 +43,7 @@ class ParallelConfig:
     sync: Literal["flat", "overlap"] = "flat"
     find_unused_parameters: bool = False
     sync_batchnorm: bool = False
-    start_timeout_sec: float = 600.0  # until every rank has registered and taken its first step
+    start_timeout_sec: float = 1800.0  # until every rank has registered and taken its first step
     step_timeout_sec: float = 300.0  # for every collective after that
     numa_binding: bool = False  # bind each rank to the cores next to its GPU
 
