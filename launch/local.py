@@ -94,8 +94,8 @@ def _check_port(port: int) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise ConfigError(
-            f"port {port} cannot be used here ({error.strerror}): choose another --master-port, "
-            "or leave it out for a free one"
+            f"port {port} cannot be used here ({os.strerror(error.errno or 0)}): choose another "
+            "--master-port, or leave it out for a free one"
         ) from None
 
 

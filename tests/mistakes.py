@@ -1,0 +1,204 @@
+"""The mistakes of a user that show only once the ranks have started, and how to make them."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dist_train.__main__ import main
+from tests.ranks import run_ranks
+from tests.settings import SMALL, small
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+NET = "from tests.nets import {0}_net\ndef net(num_classes): return {0}_net(num_classes)\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mistake:
+    """What to type, after `prepare(folder)` has made what it needs in the current folder."""
+
+    prepare: Callable[[Path], list[str]]
+    told: tuple[str, ...]  # parts of the line: what is wrong, where, how to mend it
+
+
+def told(folder: Path, words: list[str]) -> tuple[int, str]:
+    """Call main() as this rank in `folder`; returns its exit code and all of standard error."""
+    os.chdir(folder)
+    sys.argv = ["dist_train", *words]
+    with tempfile.TemporaryFile() as errors:
+        kept = os.dup(2)
+        os.dup2(errors.fileno(), 2)  # also what C++ writes
+        sys.stderr = os.fdopen(os.dup(2), "w")
+        try:
+            code = main()
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+        errors.seek(0)
+        return code, errors.read().decode()
+
+
+def only_line(text: str) -> str:
+    """Return the one line of an error; anything beside it fails the test."""
+    start = "dist-train: error: "
+    assert text.startswith(start), text
+    assert text.endswith("\n"), text
+    assert text.count("\n") == 1, text
+    return text[len(start) : -1]
+
+
+def _trained(folder: Path, *words: str) -> Path:
+    run_dir = folder / "before"
+    config = small(run_dir, "train.steps=2", "checkpoint.every_steps=1", *words)
+    run_ranks(_train_in, 2, folder, config)
+    return run_dir
+
+
+def _train_in(folder: Path, config: object) -> None:
+    from dist_train.train import train
+
+    os.chdir(folder)
+    train(config)  # pyright: ignore[reportArgumentType]  # a Config, pickled
+
+
+def _small(run_dir: Path, *words: str) -> list[str]:
+    return [*SMALL, f"run_dir={run_dir}", "train.steps=2", *words]
+
+
+def _pictures(folder: Path) -> list[str]:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / "pictures" / split / name).mkdir(parents=True)
+            for number in range(8):
+                picture = Image.effect_noise((16, 16), 80).convert("RGB")
+                picture.save(folder / "pictures" / split / name / f"{number}.jpg")
+    words = [word for word in SMALL if not word.startswith("data.")]
+    where = [f"data.root={folder / 'pictures'}", f"data.cache_dir={folder / 'cache'}"]
+    return [*words, "data.name=image_folder", *where, f"run_dir={folder / 'run'}"]
+
+
+def _missing_root(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    shutil.rmtree(folder / "pictures")
+    return words
+
+
+def _empty_class(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    for path in (folder / "pictures/train/dog").iterdir():
+        path.unlink()
+    return words
+
+
+def _truncated(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    path = folder / "pictures/train/dog/3.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    return words
+
+
+def _no_picture(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    (folder / "pictures/test/cat/5.jpg").write_text("a diary")
+    return words
+
+
+def _other_code_behind_the_factory(folder: Path) -> list[str]:
+    (folder / "user_net.py").write_text(NET.format("plain"))
+    run_dir = _trained(folder, "model.factory=user_net:net")
+    (folder / "user_net.py").write_text(NET.format("noisy"))
+    return _small(run_dir, "train.steps=4", "model.factory=user_net:net")
+
+
+def _checkpoints_of_another_model(folder: Path) -> list[str]:
+    shutil.copytree(_trained(folder) / "checkpoints", folder / "copied" / "checkpoints")
+    return _small(folder / "copied", "model.factory=tests.nets:noisy_net")
+
+
+def _resume_from_another_model(folder: Path) -> list[str]:
+    path = _trained(folder) / "checkpoints" / "step_00000002"
+    return _small(folder / "new", f"resume={path}", "model.factory=tests.nets:noisy_net")
+
+
+def _other_learning_rate(folder: Path) -> list[str]:
+    return _small(_trained(folder), "optim.lr=0.3")
+
+
+def _resume_never(folder: Path) -> list[str]:
+    return _small(_trained(folder), "resume=never")
+
+
+def _setting(*words: str) -> Callable[[Path], list[str]]:
+    return lambda folder: _small(folder / "run", *words)
+
+
+MISTAKES = {
+    "missing data root": Mistake(
+        prepare=_missing_root, told=("data.root=", "is not a folder", "train/ and test/")
+    ),
+    "empty class folder": Mistake(
+        prepare=_empty_class,
+        told=("pictures/train/dog is an empty class folder", "add pictures or remove"),
+    ),
+    "truncated picture": Mistake(
+        prepare=_truncated,
+        told=("train/dog/3.jpg cannot be decoded (", "copy it again or remove it"),
+    ),
+    "no picture": Mistake(
+        prepare=_no_picture, told=("test/cat/5.jpg is no picture", "copy it again or remove it")
+    ),
+    "other code behind the same factory": Mistake(
+        prepare=_other_code_behind_the_factory,
+        told=("step_00000002 is of another model", "set model.factory", "another run_dir"),
+    ),
+    "checkpoints of another model": Mistake(
+        prepare=_checkpoints_of_another_model,
+        told=("copied/checkpoints/step_00000002 is of another model", "another run_dir"),
+    ),
+    "resume from a checkpoint of another model": Mistake(
+        prepare=_resume_from_another_model, told=("is of another model", "set model.factory")
+    ),
+    "resume from nothing": Mistake(
+        prepare=_setting("resume=/nowhere/step_00000001"),
+        told=("/nowhere/step_00000001", "No such file"),
+    ),
+    "resume with another learning rate": Mistake(
+        prepare=_other_learning_rate,
+        told=("optim.lr=0.3 (the run has 0.1)", "resume_allow=[optim.lr]", "another run_dir"),
+    ),
+    "resume=never in a used folder": Mistake(
+        prepare=_resume_never, told=("resume=never", "choose another run_dir")
+    ),
+    "factory in no module": Mistake(
+        prepare=_setting("model.factory=tests.netz:plain_net"),
+        told=("no module 'tests.netz'", "did you mean 'nets'?"),
+    ),
+    "no such factory": Mistake(
+        prepare=_setting("model.factory=tests.nets:plane_net"),
+        told=("has no 'plane_net'", "did you mean 'plain_net'?"),
+    ),
+    "factory returns no module": Mistake(
+        prepare=_setting("model.factory=tests.nets:no_module"),
+        told=("tests.nets:no_module returned str", "must return a torch.nn.Module"),
+    ),
+    "factory without such an argument": Mistake(
+        prepare=_setting("model.args.depth=3"),
+        told=("cannot be called", "'depth'", "num_classes and model.args by name"),
+    ),
+    "wrong number of classes": Mistake(
+        prepare=_setting("model.factory=tests.nets:thousand_classes"),
+        told=("gives 1000 outputs, the data have 10 classes", "num_classes"),
+    ),
+    "fp16 without a GPU": Mistake(
+        prepare=_setting("device=auto", "precision=fp16"),
+        told=("precision=fp16 needs a GPU", "use precision=bf16 or fp32"),
+    ),
+    "no GPU": Mistake(
+        prepare=_setting("device=cuda"), told=("device=cuda", "sees no GPU", "set device=cpu")
+    ),
+}
