@@ -255,7 +255,7 @@ def _labelled(name: str, value: float | str | None) -> str:
     label = name.partition("/")[2]
     if not isinstance(value, float):
         return f"{label} {value}"
-    return f"{label} {_number(value, '.2%' if label.endswith('accuracy') else '.4f')}"
+    return f"{label} {_number(value, '.2%' if label.endswith(('accuracy', 'top5')) else '.4f')}"
 
 
 def _number(value: float, spec: str) -> str:

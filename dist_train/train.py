@@ -174,7 +174,7 @@ def evaluate(
         "loss": loss / samples,
         "accuracy": top1 / samples,
         "top5": top5 / samples,
-        "samples": samples,
+        "samples": int(samples),
     }
 
 
