@@ -1,0 +1,216 @@
+"""Who a process is, by the launcher's variables, and what is refused in the table of ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.config import Config, ConfigError, ParallelConfig
+from dist_train.config.arguments import VERDICT_VARIABLE
+from dist_train.device import bind_device, check_precision, threads_of
+from dist_train.layout import (
+    Layout,
+    Registration,
+    check_registrations,
+    detect_layout,
+    first_host,
+)
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+def entry(rank: int, **changed: Any) -> Registration:
+    fields: dict[str, Any] = {
+        "rank": rank,
+        "local_rank": rank % 2,
+        "world_size": 4,
+        "host": f"node{rank // 2}",
+        "pid": 100 + rank,
+        "device": f"GPU-{rank % 2}",
+        "config_hash": "aa",
+        "versions": "torch 2",
+    }
+    return Registration(**(fields | changed))
+
+
+def table(**of_rank_3: Any) -> list[Registration]:
+    return [*(entry(rank) for rank in range(3)), entry(3, **of_rank_3)]
+
+
+def test_a_sane_table_is_accepted() -> None:
+    assert check_registrations(table(), 4) is None
+    assert check_registrations([entry(r, device="cpu") for r in range(4)], 4) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        (table(device="GPU-0"), ("rank 2 and rank 3 are both on GPU GPU-0 of node1", "--gpu-bind")),
+        (table()[:3], ("rank 3 of 4 did not come", "--nproc-per-node", "--nnodes")),
+        ([*table()[:3], entry(0)], ("two processes are rank 0", "--node-rank")),
+        (table(world_size=8), ("rank 3 on node1 was told world_size=8, rank 0 4", "--nnodes")),
+        (table(config_hash="bb"), ("rank 3 on node1 has other settings", "same command")),
+        (table(versions="torch 1"), ("has other software (torch 1)", "installation")),
+        (table(device="cpu"), ("rank 3 on node1 sees no GPU while others do", "device=cpu")),
+        (table(error="no luck: buy some"), ("rank 3 on node1: no luck: buy some",)),
+    ],
+)
+def test_nonsense_is_one_sentence(ranks: list[Registration], told: tuple[str, ...]) -> None:
+    sentence = check_registrations(ranks, 4)
+    assert sentence is not None
+    assert "\n" not in sentence
+    for part in told:
+        assert part in sentence
+
+
+def test_torchruns_variables() -> None:
+    layout = detect_layout(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (layout.launcher, layout.rank, layout.local_rank) == ("torchrun", 5, 1)
+    assert (layout.world_size, layout.local_world_size, layout.attempt) == (8, 4, 2)
+    assert (layout.master_addr, layout.master_port) == ("node1", 29500)
+
+
+def test_a_slurm_steps_variables() -> None:
+    layout = detect_layout(SLURM)
+    assert (layout.launcher, layout.rank, layout.local_rank) == ("slurm", 5, 1)
+    assert (layout.world_size, layout.local_world_size) == (7, 3)
+    assert layout.master_addr == "gpu07"
+    assert 15000 <= layout.master_port < 30000
+    requeued = detect_layout(SLURM | {"SLURM_RESTART_COUNT": "1"})
+    assert requeued.master_port != layout.master_port
+    assert requeued.chain == layout.chain
+
+
+def test_no_launcher_is_one_process() -> None:
+    assert detect_layout({"PATH": "/bin"}) == Layout(launcher="single")
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "start with torchrun, or unset RANK and WORLD_SIZE"),
+    ],
+)
+def test_broken_variables_are_refused(env: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        detect_layout(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("rack[1-2]node[03-7,9],login", "rack1node03"),
+        ("a,b", "a"),
+        ("n[7,9]", "n7"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def place(local_rank: int, local_world_size: int, launcher: str = "torchrun") -> Layout:
+    return Layout(
+        launcher=launcher,
+        rank=local_rank,
+        local_rank=local_rank,
+        world_size=local_world_size,
+        local_world_size=local_world_size,
+    )
+
+
+class Gpus:
+    """As many GPUs as a test wants."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, count: int, capability: tuple[int, int] = (9, 0)
+    ) -> None:
+        self.bound: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", self.bound.append)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: device)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_more_local_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(monkeypatch, 2)
+    assert bind_device(Config(), place(1, 3))[0] == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU: 2 visible, 3 processes") as no:
+        bind_device(Config(), place(2, 3))
+    assert "start at most 2 (--nproc-per-node), or set device=cpu" in str(no.value)
+    assert gpus.bound == [torch.device("cuda", 1)]
+
+
+def test_two_ranks_and_one_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU: 1 visible"):
+        bind_device(Config(), place(1, 2))
+    # SLURM's --gpus-per-task=1 shows each task its own; the table finds out if it does not.
+    assert bind_device(Config(), place(1, 2, "slurm"))[0] == torch.device("cuda", 0)
+
+
+def test_device_cpu_binds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(monkeypatch, 2)
+    assert bind_device(Config(device="cpu"), place(5, 6)) == (torch.device("cpu"), "cpu")
+    assert gpus.bound == []
+
+
+def test_device_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError, match="torch sees no GPU: install a driver"):
+        bind_device(Config(device="cuda"), place(0, 1))
+
+
+def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, 1, capability=(7, 5))
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"8\.0 or newer, this one is 7\.5: use precision=fp16"):
+        check_precision(Config(precision="bf16"), gpu)
+    check_precision(Config(precision="fp16"), gpu)
+    with pytest.raises(ConfigError, match="use precision=bf16 or fp32"):
+        check_precision(Config(precision="fp16"), cpu)
+    with pytest.raises(ConfigError, match="SyncBatchNorm refuses CPU"):
+        check_precision(Config(parallel=ParallelConfig(sync_batchnorm=True)), cpu)
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_ranks", "launcher", "env", "threads"),
+    [
+        (3, 2, "torchrun", {"OMP_NUM_THREADS": "5"}, 3),  # the key wins
+        (None, 2, "torchrun", {"OMP_NUM_THREADS": "5"}, 5),
+        (None, 2, "torchrun", {"OMP_NUM_THREADS": "1"}, 6),  # torchrun's own
+        (None, 1, "torchrun", {"OMP_NUM_THREADS": "1"}, 1),  # torchrun sets none for one rank
+        (None, 2, "slurm", {"OMP_NUM_THREADS": "1"}, 1),
+        (None, 2, "torchrun", {"OMP_NUM_THREADS": "1", VERDICT_VARIABLE: "x"}, 1),
+        (None, 2, "torchrun", {}, 6),
+        (None, 24, "torchrun", {}, 1),
+    ],
+)
+def test_threads(
+    asked: int | None,
+    local_ranks: int,
+    launcher: str,
+    env: dict[str, str],
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    assert threads_of(asked, place(0, local_ranks, launcher), env) == threads
