@@ -27,7 +27,10 @@ BEFORE_THE_START = {
     "misspelt choice of a group": (["model=resnet99"], "does not exist: did you mean resnet9?"),
     "no such choice of a group": (["optim=lion"], "optim=lion does not exist: choose one of"),
     "no choice of a group": (["optim={lr: 3}"], "optim={lr: 3} does not exist: choose one of"),
-    "misspelt choice of a key": (["optim.name=sdg"], "is not a choice: did you mean sgd?"),
+    "misspelt choice of a key": (
+        ["optim.name=sdg"],
+        "optim.name=sdg is not a choice: choose one of sgd, adamw",
+    ),
     "wrong type": (["train.epochs=two"], "train.epochs=two has the wrong type"),
     "out of range": (["optim.lr=-1"], "optim.lr=-1.0 is out of range: it must be above 0"),
     "no value": (["optim.lr"], "write key=value, like optim.lr=0.1"),

@@ -43,11 +43,12 @@ NOT_IN_HASH = (
 
 def hashed_settings(config: Config) -> dict[str, object]:
     """Return {dotted key: plain value} of every setting that changes the result."""
-    return {
-        key: plain(value)
-        for key, value in flatten(config).items()
-        if not key.startswith(NOT_IN_HASH)
-    }
+    return {key: plain(value) for key, value in flatten(config).items() if not is_free(key)}
+
+
+def is_free(key: str) -> bool:
+    """Say whether a resume may change this setting and the run stays the same."""
+    return any(key == free or (free[-1] == "." and key.startswith(free)) for free in NOT_IN_HASH)
 
 
 def config_hash(config: Config) -> str:

@@ -32,8 +32,9 @@ def unknown_key(key: str, groups: Iterable[str] = ()) -> str:
 def did_you_mean(word: str, choices: list[str]) -> str:
     """Return ': did you mean X?' for the nearest of `choices`, else the list of them if short."""
     last = word.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(word, choices, 1, 0.6)
-    near = near or [c for c in choices if c.rsplit(".", 1)[-1] == last]
+    same = [c for c in choices if c.rsplit(".", 1)[-1] == last]
+    near = difflib.get_close_matches(word, same, 1, 0.0)
+    near = near or difflib.get_close_matches(word, choices, 1, 0.6)
     near = near or [
         c
         for c in choices
@@ -90,8 +91,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if value in get_args(hint):
             return value
-        choices = [str(a) for a in get_args(hint)]
-        raise ConfigError(f"{key}={value} is not a choice{did_you_mean(str(value), choices)}")
+        choices = ", ".join(str(a) for a in get_args(hint))
+        raise ConfigError(f"{key}={value} is not a choice: choose one of {choices}")
     if origin is tuple:
         items = get_args(hint)
         if not isinstance(value, list | tuple):

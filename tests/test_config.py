@@ -1,0 +1,202 @@
+"""The configuration: where values come from, what is refused, what makes a run what it is."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.__main__ import main
+from dist_train.config import Config, ConfigError, DataConfig, TrainConfig
+from dist_train.config.arguments import parse
+from dist_train.config.check import RANGES, check, check_world
+from dist_train.config.compose import compose, describe, to_yaml
+from dist_train.config.identity import (
+    config_hash,
+    full_hash,
+    run_dir_of,
+)
+from dist_train.config.typed import leaves
+from tests.ranks import run_ranks
+from tests.settings import small
+
+TRAINABLE = Config(train=TrainConfig(epochs=1))
+SECRET = "not-for-anybodys-eyes"
+
+
+def refusal(*overrides: str, **options: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        compose([*overrides], **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_print_config_shows_every_key_with_its_origin() -> None:
+    text = describe(compose(["experiment=cifar10_tutorial", "optim.lr=0.3", "model.args.width=8"]))
+    rows = {line.split(":", 1)[0]: line for line in text.splitlines()}
+    assert list(rows) == [key for key, _ in leaves(Config)]
+    assert re.fullmatch(r"optim\.lr: 0\.3 +# command line", rows["optim.lr"])
+    assert re.fullmatch(r"model\.args: \{'width': 8\} +# command line", rows["model.args"])
+    assert re.fullmatch(r"train\.epochs: 4 +# .*/cifar10_tutorial\.yaml", rows["train.epochs"])
+    assert re.fullmatch(r"model\.factory: .*# .*/tutorial_cnn\.yaml", rows["model.factory"])
+    assert re.fullmatch(r"optim\.momentum: 0\.9 +# .*/sgd\.yaml", rows["optim.momentum"])
+    assert re.fullmatch(r"train\.steps: null +# default", rows["train.steps"])
+
+
+def test_print_config_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dist_train", "--print-config", "optim.lr=0.3"])
+    assert main() == 0
+    assert "optim.lr: 0.3" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runs_own_file_gives_the_same_run(tmp_path: Path) -> None:
+    config = small(tmp_path, "optim.ema_decay=0.99", "data.mean=[0.1,0.2,0.3]", "data.std=[1,1,1]")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = parse(["--config", str(tmp_path / "config.yaml")]).config
+    assert again == config
+    assert full_hash(again) == full_hash(config)
+    changed = parse(["--config", str(tmp_path / "config.yaml"), "optim.lr=0.3"]).config
+    assert config_hash(changed) != config_hash(config)
+
+
+def test_a_file_of_settings_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {lrr: 0.1}\ntrain: {steps: 1}\n")
+    assert refusal(config_file=path) == "unknown key 'optim.lrr': did you mean optim.lr?"
+    path.write_text("optim: {lr: -1}\ntrain: {steps: 1}\n")
+    assert "out of range" in refusal(config_file=path)
+    path.write_text("- a list\n")
+    assert "is no mapping of settings" in refusal(config_file=path)
+    path.write_text("optim: {lr: 0.1\n")
+    assert str(path) in refusal(config_file=path)
+    path.write_text("train: {steps: 1}\n")
+    assert "groups are not used with --config" in refusal("optim=adamw", config_file=path)
+
+
+def test_a_folder_of_the_users_own_adds_to_the_groups(tmp_path: Path) -> None:
+    experiment = tmp_path / "experiment" / "mine.yaml"
+    experiment.parent.mkdir()
+    experiment.write_text(
+        "# @package _global_\ndefaults:\n  - override /optim: adamw\n"
+        "train: {epochs: 3}\nmodel: {factory: my.net:build}\n"
+    )
+    composed = compose(["experiment=mine"], config_dir=tmp_path)
+    config = composed.config
+    assert (config.experiment, config.train.epochs, config.optim.name) == ("mine", 3, "adamw")
+    assert config.model.factory == "my.net:build"
+    assert composed.origins["train.epochs"] == str(experiment)
+    assert run_dir_of(config).name.startswith("mine-")
+    assert "did you mean mine?" in refusal("experiment=mime", config_dir=tmp_path)
+    experiment.write_text("# @package _global_\ntrain: {epoch: 3}\n")
+    wrong = refusal("experiment=mine", config_dir=tmp_path)
+    assert wrong == "unknown key 'train.epoch': did you mean train.epochs?"
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:API_KEY}", "${now:%H}", "a-${oc.env:API_KEY,none}", "${oc.decode:1}"]
+)
+def test_interpolation_of_the_surroundings_is_refused(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", SECRET)
+    told = refusal(f"data.root='{value}'")
+    assert "Let the shell fill it in: data.root=$VALUE" in told
+    assert SECRET not in told
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(f'name: image_folder\nroot: "{value}"\n')
+    assert "data.root=$VALUE" in refusal("data=mine", config_dir=tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(f'train: {{steps: 1}}\nmodel: {{args: {{deep: ["{value}"]}}}}\n')
+    assert "model.args.deep" in refusal(config_file=path)
+
+
+def test_interpolation_of_another_key_is_allowed() -> None:
+    assert (
+        compose(["optim.warmup_steps=${log_every}", "log_every=7"]).config
+        == compose(["optim.warmup_steps=7", "log_every=7"]).config
+    )
+    assert "'nothing'" in refusal("optim.lr=${nothing}")
+
+
+def test_secrets_of_the_environment_stay_out_of_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    run_ranks(_train_with_secrets, 1, small(tmp_path, "train.steps=2"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json", "summary.json"} <= {path.name for path in files}
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def _train_with_secrets(config: Config) -> None:
+    import os
+
+    from dist_train.train import train
+
+    os.environ |= dict.fromkeys(("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"), SECRET)
+    train(config)
+
+
+def test_composing_imports_no_torch() -> None:
+    code = (
+        "import sys, dist_train.config.arguments as a; a.parse([]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_every_number_has_a_range_and_every_range_a_number() -> None:
+    numbers = {key for key, hint in leaves(Config) if re.search(r"\b(int|float)\b", str(hint))}
+    elsewhere = {"data.mean", "data.std", "optim.betas", "profile.steps", "profile.ranks"}
+    assert {key for key in numbers if "Literal" not in str(dict(leaves(Config))[key])} == {
+        *RANGES,
+        *elsewhere,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.global_batch_size=0", "it must be at least 1"),
+        ("train.max_minutes=0", "it must be above 0"),
+        ("optim.momentum=1", "it must be at most 0.9999"),
+        ("optim.lr=nan", "optim.lr=nan is out of range"),
+        ("data.val_fraction=-0.1", "it must be at least 0"),
+        ("train.epochs=null", "give train.epochs=N or train.steps=N"),
+        ("optim.betas=[0.9,1]", "both must be in [0, 1)"),
+        ("optim.momentum=0", "raise optim.momentum above 0"),
+        ("data.mean=[0.5]", "data.mean and data.std go together"),
+        ("profile.steps=[9,3]", "give [first, last] with first < last"),
+    ],
+)
+def test_rules_of_single_and_of_several_values(override: str, told: str) -> None:
+    assert told in refusal(override)
+
+
+def test_rules_between_keys() -> None:
+    for changed, told in (
+        ({"train": TrainConfig(epochs=1, early_stop_patience=2)}, "data.val_fraction=0.1"),
+        ({"data": DataConfig(randaugment=True, loader="memory")}, "data.loader=workers"),
+        ({"data": DataConfig(mean=(0.5,), std=(0.5, 0.5))}, "give as many"),
+        ({"data": DataConfig(mean=(0.5,), std=(0.0,))}, "every value must be above 0"),
+    ):
+        data = DataConfig(val_fraction=0)
+        with pytest.raises(ConfigError) as raised:
+            check(dataclasses.replace(TRAINABLE, **({"data": data} | changed)))
+        assert told in str(raised.value)
+
+
+def test_the_world_may_not_be_larger_than_the_batch() -> None:
+    config = Config(train=TrainConfig(global_batch_size=6))
+    check_world(config, 6)
+    with pytest.raises(ConfigError, match=r"6 is smaller than world_size \(= 8\)"):
+        check_world(config, 8)
