@@ -16,6 +16,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("config",),
     ("layout", "order", "preemption", "progress"),
+    ("device",),
     ("distributed", "plan"),
     (
         "checkpoint",
@@ -31,6 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "wandb_tracker",
     ),
     ("build", "run_folder", "state"),
+    ("summary",),
     ("run",),
     ("train",),
     ("dry_run",),
@@ -44,6 +46,7 @@ EDGES = {
 }
 # Inside a function: where and what; torch or an optional package is not loaded without need.
 LATE = {
+    ("dist_train/__main__.py", "dist_train.distributed"),
     ("dist_train/__main__.py", "dist_train.dry_run"),
     ("dist_train/__main__.py", "dist_train.train"),
     ("dist_train/data/memory_loader.py", "warnings"),  # TODO(issue 2): move to the top
