@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dist_train.config.arguments import LINGER_SEC, refuse
 from tests.mistakes import MISTAKES, NO_GPU, only_line, told
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import SMALL
@@ -72,8 +74,8 @@ def torchrun(folder: Path, *words: str) -> str:
     """Return the line that a run under torchrun writes exactly once."""
     command = ["--standalone", "--nproc-per-node=2", "-m", "dist_train", *words]
     done = run(sys.executable, "-m", "torch.distributed.run", *command, cwd=folder)
-    assert done.returncode != 0, "torchrun folds every code into 1"
-    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("ChildFailed")[0]
+    assert done.returncode == 1, "torchrun folds every code into 1"
+    assert done.stderr.count("Traceback (most recent call last)") == 1, "torchrun's own report"
     lines = [line for line in done.stderr.splitlines() if "dist-train: error: " in line]
     assert len(lines) == 1, done.stderr
     return only_line(lines[0] + "\n")
@@ -151,6 +153,21 @@ def test_torchrun_shows_a_mistake_after_the_start_once(tmp_path: Path) -> None:
     mistake = MISTAKES["wrong number of classes"]
     line = torchrun(tmp_path, *mistake.prepare(tmp_path))
     assert all(part in line for part in mistake.told)
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"])
+def test_a_silent_rank_does_not_end_before_the_one_that_speaks(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv(variable, "1")
+    assert refuse("what", 2, speak=True) == 2
+    assert waited == []
+    assert capfd.readouterr().err == "dist-train: error: what\n"
+    assert refuse("what", 2, speak=False) == 2
+    assert waited == [LINGER_SEC]
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_of_another_number_than_the_launcher_checked(tmp_path: Path) -> None:
