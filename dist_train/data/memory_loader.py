@@ -3,6 +3,7 @@
 Legend: n pictures, h height, w width, c channels.
 """
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -126,11 +127,8 @@ class MemoryLoader:
 def _resident(array: np.ndarray, device: torch.device) -> Tensor:
     """Return the array as a tensor on the device; on the CPU it shares the array's memory."""
     if not array.flags.writeable and device.type == "cpu":
-        # torch warns of read-only memory; nothing here writes to it.
-        import warnings
-
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", UserWarning)  # read-only memory: nobody writes to it
             return torch.from_numpy(array)
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
