@@ -67,6 +67,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             "train.early_stop_patience needs a validation split: set data.val_fraction=0.1"
         )
+    if train.early_stop_patience is not None and not config.checkpoint.keep_best:
+        raise ConfigError(
+            "train.early_stop_patience ends with the best weights: set checkpoint.keep_best=true"
+        )
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov=true needs momentum: raise optim.momentum above 0")
     if not all(0 <= b < 1 for b in optim.betas):

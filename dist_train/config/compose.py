@@ -135,12 +135,14 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
         raise ConfigError(f"{line} deletes a setting, which cannot be: write {key}=VALUE")
     if "${" in line:
         _refuse_resolvers({key: override.value()})
-    if key in groups and (value is not None or key != "experiment"):
+    if key in groups:
         if value not in groups[key]:
             raise ConfigError(f"{line} does not exist{did_you_mean(str(value), groups[key])}")
         return override
     known = dict(leaves(Config))
-    owners = [k for k, hint in known.items() if "dict" in str(hint) and key.startswith(f"{k}.")]
+    owners = [
+        k for k, hint in known.items() if "dict" in str(hint) and f"{key}.".startswith(f"{k}.")
+    ]
     if owners:  # model.args.width=64 needs no "+"
         return OverridesParser.create().parse_override(f"++{line.lstrip('+~')}")
     if config_file is not None and key in ("model", "data", "optim", "experiment", "cluster"):
