@@ -146,6 +146,12 @@ def _train_with_secrets(config: Config) -> None:
     train(config)
 
 
+def test_a_factorys_arguments_need_no_plus() -> None:
+    one_by_one = compose(["model.args.width=8", "model.args.deep.er=x"]).config
+    assert one_by_one.model.args == {"width": 8, "deep": {"er": "x"}}
+    assert compose(["model.args={width: 8, deep: {er: x}}"]).config == one_by_one
+
+
 def test_composing_imports_no_torch() -> None:
     code = (
         "import sys, dist_train.config.arguments as a; a.parse([]); print('torch' in sys.modules)"
@@ -169,7 +175,9 @@ def test_every_number_has_a_range_and_every_range_a_number() -> None:
         ("train.global_batch_size=0", "it must be at least 1"),
         ("train.max_minutes=0", "it must be above 0"),
         ("optim.momentum=1", "it must be at most 0.9999"),
-        ("optim.lr=nan", "optim.lr=nan is out of range"),
+        ("optim.lr=nan", "optim.lr=nan is out of range: it must be a finite number"),
+        ("optim.lr=inf", "optim.lr=inf is out of range: it must be a finite number"),
+        ("experiment=null", "experiment=null does not exist: choose one of"),
         ("data.val_fraction=-0.1", "it must be at least 0"),
         ("train.epochs=null", "give train.epochs=N or train.steps=N"),
         ("optim.betas=[0.9,1]", "both must be in [0, 1)"),

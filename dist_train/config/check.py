@@ -1,5 +1,6 @@
 """Ranges of single settings and rules between them, in one place."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,8 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _check_range(key: str, value: Any, allowed: Range) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is out of range: it must be a finite number")
     if allowed.above is not None and not value > allowed.above:
         raise ConfigError(f"{key}={value} is out of range: it must be above {allowed.above:g}")
     if allowed.least is not None and not value >= allowed.least:

@@ -41,6 +41,9 @@ NOT_IN_HASH = (
 )
 
 
+PATHS = ("run_dir", "data.root", "data.cache_dir")  # machines without a shared disk may differ
+
+
 def hashed_settings(config: Config) -> dict[str, object]:
     """Return {dotted key: plain value} of every setting that changes the result."""
     return {key: plain(value) for key, value in flatten(config).items() if not is_free(key)}
@@ -58,8 +61,9 @@ def config_hash(config: Config) -> str:
 
 
 def full_hash(config: Config) -> str:
-    """Return a hash over all settings: ranks of one run must have the same."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+    """Return a hash over all settings but paths: ranks of one run must have the same."""
+    settings = {k: plain(v) for k, v in flatten(config).items() if k not in PATHS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_dir_of(config: Config) -> Path:
