@@ -52,7 +52,7 @@ def describe(config: Config) -> str:
     memory = estimate_memory(model, data.loader.image_shape, micro, precision, config)
     dropped = data.num_train - plan.steps_per_epoch * plan.global_batch_size
     rows = [
-        ("world", f"{world_size} ranks (by {layout.launcher}), device {kind}"),
+        ("world", f"{world_size} ranks, device {kind}"),
         ("threads", f"{threads_of(config.threads, layout, os.environ)} a rank"),
         (
             "data",

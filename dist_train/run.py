@@ -51,6 +51,7 @@ class Run:
         self._facts: dict[str, Any] = {}
         self._bytes = b""  # of the checkpoint found, on rank 0, until it is handed out
         self._progress: Progress | None = None
+        self._writer: CheckpointWriter | None = None  # on rank 0
         self._trackers = Trackers()
         self._started = time.monotonic()
 
@@ -124,25 +125,30 @@ class Run:
     def load_best(self, parts: Parts, progress: Progress) -> None:
         """Load the weights of the best validation accuracy. Collective."""
         path = self.folder.checkpoints / f"step_{progress.best_step:08d}"
-        data = self.ranks.from_first(lambda: read_verified(path))
+
+        def read() -> bytes:
+            if self._writer is not None:
+                self._writer.wait()  # the best may be the one being written
+            return read_verified(path)
+
+        data = self.ranks.from_first(read)
         state = load_state(data)
         parts.replica.module.load_state_dict(state["model"])
         if parts.ema is not None and state["ema"] is not None:
             parts.ema.load_state_dict(state["ema"])
         self.say(f"early stopping: the weights of step {progress.best_step} are taken")
 
-    def open_writer(self, stack: ExitStack) -> CheckpointWriter | None:
+    def open_writer(self, stack: ExitStack) -> None:
         """Open the checkpoint writer on rank 0; it is closed with `stack`."""
         if self.ranks.rank != 0:
-            return None
-        writer = CheckpointWriter(
+            return
+        self._writer = CheckpointWriter(
             self.folder.checkpoints,
             keep_last=self.config.checkpoint.keep_last,
             on_saved=lambda step: self.folder.event("saved", step=step),
             on_error=self._save_failed,
         )
-        stack.callback(writer.close)
-        return writer
+        stack.callback(self._writer.close)
 
     def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> Trackers:
         """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""
@@ -190,25 +196,21 @@ class Run:
         named = {f"eval/{name}": value for name, value in result.items()}
         self._trackers.log(self.stamp(progress, plan) | {"eval/split": split} | named)
 
-    def save(
-        self, writer: CheckpointWriter | None, parts: Parts, progress: Progress, meter: Meter
-    ) -> None:
+    def save(self, parts: Parts, progress: Progress, meter: Meter) -> None:
         """Save this step on rank 0 in the background. Not collective."""
-        if writer is None:
+        if self._writer is None:
             return
         progress.wall_sec += self._lap()
         self.folder.set_status("running", step=progress.step)
         best = progress.best_step if self.config.checkpoint.keep_best else None
-        writer.save(
+        self._writer.save(
             capture(parts, progress, meter, self._facts), step=progress.step, best_step=best
         )
 
-    def end_preempted(
-        self, writer: CheckpointWriter | None, progress: Progress, reasons: list[str | None]
-    ) -> dict[str, Any]:
+    def end_preempted(self, progress: Progress, reasons: list[str | None]) -> dict[str, Any]:
         """Record that the run was stopped and saved. Not collective."""
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text is not None)
-        if writer is not None and not writer.wait():
+        if self._writer is not None and not self._writer.wait():
             raise OSError("the run was asked to stop, and its last checkpoint could not be saved")
         why = f"{reason} on rank {rank}"
         self.folder.event("preempted", step=progress.step, reason=why)
@@ -218,14 +220,13 @@ class Run:
 
     def end_finished(
         self,
-        writer: CheckpointWriter | None,
         parts: Parts,
         progress: Progress,
         data: Data,
         result: dict[str, float],
     ) -> dict[str, Any]:
         """Write the summary, print its table and record that the run is over. Not collective."""
-        if writer is not None and not writer.wait():
+        if self._writer is not None and not self._writer.wait():
             self.warn("the last checkpoint is missing; the summary stands")
         progress.wall_sec += self._lap()
         if parts.ema is not None:

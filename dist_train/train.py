@@ -60,7 +60,7 @@ def train(config: Config) -> dict[str, Any]:
         )
         throw_away_step(parts, data, sampler)
         shorten_timeouts(ranks, config.parallel.step_timeout_sec)
-        writer = run.open_writer(stack)
+        run.open_writer(stack)
         trackers = run.open_trackers(stack, progress, plan)
 
         stopping = _evaluate_if_due(parts, data, progress, run, stop)
@@ -86,15 +86,15 @@ def train(config: Config) -> dict[str, Any]:
             stopping = stopping or _evaluate_if_due(parts, data, progress, run, stop)
             is_best = progress.best_step != best_before and config.checkpoint.keep_best
             if plan.save_due(progress.step) or is_best or stopping or progress.patience_is_over:
-                run.save(writer, parts, progress, meter)
+                run.save(parts, progress, meter)
             meter.resume()
             if stopping or progress.patience_is_over:
                 break
 
         result = None if stopping else _final_evaluation(parts, data, progress, run, stop)
         if result is None:
-            return run.end_preempted(writer, progress, ranks.gather(stop.reason))
-        return run.end_finished(writer, parts, progress, data, result)
+            return run.end_preempted(progress, ranks.gather(stop.reason))
+        return run.end_finished(parts, progress, data, result)
 
 
 def train_step(parts: Parts, batch: Batch, *, step: int, generation: int = 0) -> Tensor:

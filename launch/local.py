@@ -51,15 +51,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
     parser = Parser(prog="dist-train run", description="Start a training on this machine.")
     parser.add_argument("--nproc", default="auto", help="ranks here: a number, or auto (the GPUs)")
     parser.add_argument("--nnodes", type=int, default=1, help="machines that take part")
-    parser.add_argument("--node-rank", type=int, default=0, help="this machine's number, from 0")
-    parser.add_argument("--rdzv-endpoint", help="HOST:PORT of machine 0, with --nnodes")
+    parser.add_argument("--rdzv-id", default="dist_train", help="the same on all machines of a run")
+    parser.add_argument("--rdzv-endpoint", help="HOST:PORT on one of them, with --nnodes")
     parser.add_argument("--master-port", type=int, help="a fixed port, for one machine")
     parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="after a crash")
     add_run_options(parser)
     options = parser.parse_intermixed_args(argv)
     options.nproc = _number_of_ranks(options.nproc)
     if options.nnodes > 1 and not options.rdzv_endpoint:
-        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT of the first machine")
+        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT of one of the machines")
     request = compose_request(options)
     check_world(request.config, options.nproc * options.nnodes)
     return options, request
@@ -122,7 +122,7 @@ def torchrun_command(options: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += [f"--nproc-per-node={options.nproc}", f"--max-restarts={options.max_restarts}"]
     if options.nnodes > 1:
-        command += [f"--nnodes={options.nnodes}", f"--node-rank={options.node_rank}"]
+        command += [f"--nnodes={options.nnodes}", f"--rdzv-id={options.rdzv_id}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
     elif options.master_port is not None:
         command += [f"--master-port={options.master_port}"]

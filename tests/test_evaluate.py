@@ -68,3 +68,9 @@ def test_early_stopping_ends_the_run_and_takes_the_best_weights(tmp_path: Path) 
     assert (tmp_path / "checkpoints" / f"step_{summary['best_step']:08d}").is_dir()
     again = run_ranks(trained, 2, small(tmp_path, *options))[0]
     assert again == summary, "the same command trains on after an early stop"
+
+
+def test_early_stopping_finds_a_best_that_is_still_being_written(tmp_path: Path) -> None:
+    options = ("train.epochs=1", "train.early_stop_patience=5")
+    summary = run_ranks(trained, 2, small(tmp_path, *options))[0]
+    assert summary["best_step"] == summary["steps"] == 9

@@ -130,9 +130,9 @@ def test_two_torchruns_that_meet_at_an_endpoint_are_one_run(tmp_path: Path) -> N
     clean = run_ranks(trained, 2, small(tmp_path / "clean", *HARD))[0]
     endpoint = f"127.0.0.1:{free_port()}"
     nodes = []
-    for node in range(2):
+    for _ in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += [f"--node-rank={node}", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+        command += ["--nproc-per-node=1", "--rdzv-backend=c10d"]
         command += [f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1", "-m", "dist_train"]
         command += [*SMALL, *HARD, f"run_dir={tmp_path / 'run'}"]
         nodes.append(
