@@ -18,6 +18,7 @@ class Plan:
     log_every: int
     eval_every: int | None
     save_every: int
+    notice: str | None = None  # a sentence that the user must see
 
     def eval_due(self, step: int) -> bool:
         """Say whether an evaluation belongs after `step` steps (the last one included)."""
@@ -59,6 +60,12 @@ def make_plan(config: Config, num_train: int) -> Plan:
     warmup = config.optim.warmup_steps
     if warmup is None:
         warmup = round(config.optim.warmup_epochs * per_epoch)
+    notice = None
+    if warmup >= total:
+        notice = (
+            f"the warm-up ({warmup} steps) is as long as the run ({total}): the learning rate "
+            "never reaches its peak; lower optim.warmup_epochs or optim.warmup_steps"
+        )
     every = config.eval.every_steps
     if every is None and config.eval.every_epochs is not None:
         every = config.eval.every_epochs * per_epoch
@@ -67,8 +74,9 @@ def make_plan(config: Config, num_train: int) -> Plan:
         global_batch_size=batch,
         steps_per_epoch=per_epoch,
         total_steps=total,
-        warmup_steps=min(warmup, max(0, total - 1)),
+        warmup_steps=warmup,
         log_every=config.log_every,
         eval_every=every,
         save_every=config.checkpoint.every_steps or per_epoch,
+        notice=notice,
     )

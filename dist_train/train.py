@@ -223,7 +223,7 @@ def throw_away_step(parts: Parts, data: Data, sampler: GlobalOrderSampler) -> No
 
 def _build_parts(config: Config, plan: Plan, data: Data, ranks: Ranks, run: Run) -> Parts:
     precision, notice = precision_in_force(config, ranks.device)
-    run.warn(data.notice, notice)
+    run.warn(data.notice, plan.notice, notice)
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
     replica = Replica(model, ranks, config.parallel)
     optimizer = build_optimizer(replica.module, config.optim)
