@@ -7,13 +7,13 @@ SHELL := /bin/bash
 
 PYTHON ?= python3.13 python3.12 python3.11 python3
 NPROC ?= auto
-EXPERIMENT ?= cifar10_tutorial
+EXPERIMENT ?= quickstart
 ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
-NO_DEVICE := not gpu and not multi_gpu
+PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .PHONY: help train test check check-static gpu-check clean
 
@@ -25,10 +25,10 @@ train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to co
 	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU and no cluster
-	$(BIN)/python -m pytest -q -m "$(NO_DEVICE)"
+	$(PYTEST)
 
 check: check-static ## before every commit: format, lint, types, fast tests
-	$(BIN)/python -m pytest -q -m "not slow and $(NO_DEVICE)"
+	$(PYTEST) -m "not slow"
 
 check-static: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

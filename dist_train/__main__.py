@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from dist_train.config import ConfigError
-from dist_train.config.arguments import parse, refuse
+from dist_train.config.arguments import let_another_speak, parse, refuse
 
 
 def main() -> int:
@@ -32,7 +32,8 @@ def main() -> int:
     except ConfigError as mistake:
         return refuse(str(mistake), 2, speak=first)
     except RankFailedError:
-        return 1  # the rank that failed tells why
+        let_another_speak()  # the rank that failed tells why
+        return 1
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         if code == 1:

@@ -24,7 +24,13 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from dist_train.config import Config, ConfigError
 from dist_train.config.check import check_world
 from dist_train.config.identity import full_hash
-from dist_train.device import bind_device, check_precision, set_determinism, threads_of
+from dist_train.device import (
+    bind_device,
+    check_precision,
+    keep_freed_memory,
+    set_determinism,
+    threads_of,
+)
 from dist_train.layout import Layout, Registration, check_registrations, detect_layout
 
 T = TypeVar("T")
@@ -157,6 +163,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         error = str(mistake)
     set_determinism(config)
     torch.set_num_threads(threads_of(config.threads, layout, os.environ))
+    if device.type == "cpu":
+        keep_freed_memory()
     if layout.launcher == "single":
         if error is not None:
             raise ConfigError(error)

@@ -37,6 +37,7 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["flat", "overlap"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("net", "tolerance"), [("double_net", 1e-12), ("plain_net", 5e-5)])

@@ -64,7 +64,7 @@ def run(
 
 def dist_train_run(folder: Path, *words: str, prefix: tuple[str, ...] = ()) -> str:
     """Return the only line that the real command writes on standard error."""
-    command = [sys.executable, "-m", "launch.cli", "run", "--nproc", "2", *words]
+    command = [sys.executable, "-m", "launch.cli", "run", "--nproc", "1", *words]
     done = run(*prefix, *command, cwd=folder)
     assert done.returncode == 2, done.stdout + done.stderr
     return only_line(done.stderr)

@@ -64,6 +64,7 @@ def joined(by_rank: list[list[list[str]]]) -> list[list[str]]:
     return [[x for part in shares for x in part] for shares in zip(*by_rank, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["memory", "workers"])
 @pytest.mark.parametrize("extra", [(), MIXED], ids=["plain", "mixed"])
 def test_the_same_samples_with_the_same_augmentation_on_1_2_3_and_4_ranks(
@@ -97,6 +98,7 @@ def losses(config: Config) -> list[float]:
     return [m["train/loss"] for m in metrics(run_dir) if "train/loss" in m]
 
 
+@pytest.mark.slow
 def test_losses_of_20_steps_agree_at_1_2_3_and_4_ranks(tmp_path: Path) -> None:
     extra = ("train.steps=20", "log_every=1", "train.global_batch_size=26", "optim.lr=0.05")
     alone = run_ranks(losses, 1, small(tmp_path / "1", *extra))[0]
@@ -106,6 +108,7 @@ def test_losses_of_20_steps_agree_at_1_2_3_and_4_ranks(tmp_path: Path) -> None:
         np.testing.assert_allclose(others, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resume_on_another_number_of_ranks_continues_the_same_losses(tmp_path: Path) -> None:
     extra = (
         "log_every=1",

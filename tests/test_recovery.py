@@ -53,6 +53,7 @@ def weights_after(config: Config) -> tuple[dict[str, Any], list[Tensor]]:
         return loop.train(config), kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("sync", ["flat", "overlap"])

@@ -50,6 +50,7 @@ def holder(tmp_path: Path) -> Any:
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_told_who_holds_the_folder_and_exits_with_2(
     holder: Any, tmp_path: Path
 ) -> None:
@@ -61,12 +62,14 @@ def test_a_second_run_is_told_who_holds_the_folder_and_exits_with_2(
     assert holder.poll() is None
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_taken_over(holder: Any, tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert run_ranks(trained, 0, small(tmp_path, "train.steps=3"))[0]["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_of_two_runs_started_at_once_exactly_one_wins(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -105,6 +108,7 @@ def test_the_folder_of_a_finished_run_holds_what_is_promised(tmp_path: Path) -> 
     assert "SECRET" not in (tmp_path / "environment.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_again_and_more_epochs_continue_it(
     tmp_path: Path,
 ) -> None:
@@ -127,6 +131,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     assert "resume=never" in str(outcome.error)
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_starts_at_that_checkpoint_and_then_at_its_own(tmp_path: Path) -> None:
     source = small(tmp_path / "a", "train.epochs=2", "checkpoint.every_steps=9")
     clean = run_ranks(trained, 1, source)[0]

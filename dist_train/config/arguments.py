@@ -77,10 +77,15 @@ def refuse(message: str, exit_code: int, *, speak: bool) -> int:
         return 0
     if speak:
         print_error(message)
-    elif {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
-        # The launcher ends all ranks with the first that fails, also the one that speaks.
-        time.sleep(LINGER_SEC)
+    else:
+        let_another_speak()
     return exit_code
+
+
+def let_another_speak() -> None:
+    """Wait before a silent end: the launcher ends all ranks with the first, the speaker too."""
+    if {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
+        time.sleep(LINGER_SEC)
 
 
 def print_error(message: str) -> None:

@@ -63,6 +63,7 @@ class Data:
             "num_train": self.num_train,
             "num_val": self.num_val,
             "num_test": self.num_test,
+            "loader": type(self.loader).__name__,
         }
 
 
