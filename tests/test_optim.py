@@ -1,0 +1,149 @@
+"""Learning rates are functions of the step; the optimizer and the average do what they say."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.config import OptimConfig
+from dist_train.optim import Ema, build_optimizer, learning_rate, peak_learning_rate
+from dist_train.plan import Plan, make_plan
+from tests.settings import small
+
+
+def plan(total: int, warmup: int = 0) -> Plan:
+    return Plan(
+        num_train=1000,
+        global_batch_size=512,
+        steps_per_epoch=10,
+        total_steps=total,
+        warmup_steps=warmup,
+        log_every=10,
+        eval_every=None,
+        save_every=10,
+    )
+
+
+def curve(config: OptimConfig, total: int, warmup: int = 0) -> list[float]:
+    return [learning_rate(step, config, plan(total, warmup)) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_warm_up_rises_by_equal_amounts_to_the_peak(schedule: str) -> None:
+    config = OptimConfig(lr=0.6, schedule=schedule)  # pyright: ignore[reportArgumentType] # a literal
+    rates = curve(config, 20, warmup=5)
+    assert rates[:6] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert max(rates) == rates[5]
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_ends_near_its_fraction() -> None:
+    rates = curve(OptimConfig(lr=1.0, schedule="cosine", final_lr_fraction=0.1), 1001)
+    assert rates[0] == 1.0
+    assert rates[500] == pytest.approx(0.55, abs=1e-3)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-4)
+    assert all(a > b for a, b in pairwise(rates))
+
+
+def test_linear_falls_by_equal_amounts() -> None:
+    rates = curve(OptimConfig(lr=1.0, schedule="linear"), 10)
+    assert rates == pytest.approx([1 - i / 10 for i in range(10)])
+
+
+def test_one_cycle_starts_low_peaks_and_ends_lower() -> None:
+    rates = curve(OptimConfig(lr=1.0, schedule="one_cycle"), 100)
+    assert rates[0] == pytest.approx(1 / 25)
+    assert max(rates) == rates[30] == 1.0
+    assert rates[-1] < 0.001
+
+
+def test_a_resumed_step_has_the_rate_of_an_unbroken_run() -> None:
+    config = OptimConfig(lr=0.3)
+    whole = curve(config, 50, warmup=7)
+    assert [learning_rate(s, config, plan(50, 7)) for s in (49, 8, 3)] == [
+        whole[49],
+        whole[8],
+        whole[3],
+    ]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
+def test_the_peak_scales_with_the_global_batch(rule: str, factor: float) -> None:
+    config = OptimConfig(lr=0.1, lr_scaling=rule, lr_base_batch_size=128)  # pyright: ignore[reportArgumentType] # a literal
+    assert peak_learning_rate(config, 512) == pytest.approx(0.1 * factor)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
+    groups = build_optimizer(net(), OptimConfig(weight_decay=0.1)).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.1), (4, 0.0)]
+    config = OptimConfig(weight_decay=0.1, decay_norms_and_biases=True)
+    assert [len(g["params"]) for g in build_optimizer(net(), config).param_groups] == [6]
+
+
+def test_momentum_exists_as_zeros_before_the_first_step_and_changes_no_bit() -> None:
+    ours, theirs = net(), net()
+    mine = build_optimizer(ours, OptimConfig(lr=0.1, weight_decay=0.0))
+    assert all((s["momentum_buffer"] == 0).all() for s in mine.state.values())
+    plain = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    for step in range(3):
+        for model, optimizer in ((ours, mine), (theirs, plain)):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            model(torch.randn(5, 3, 4, 4)).square().sum().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_average_follows_its_formula_and_swaps_back_to_the_bit() -> None:
+    model = net()
+    average = Ema(model, decay=0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    average.update(step=1000)
+    for now, old in zip(average.average, before, strict=True):
+        torch.testing.assert_close(now, old * 0.9 + (old + 1) * 0.1)
+    weights = [p.detach().clone() for p in model.parameters()]
+    average.swap()
+    assert not torch.equal(next(model.parameters()), weights[0])
+    average.swap()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_skipped_step_leaves_the_average_alone() -> None:
+    model = net()
+    average = Ema(model, decay=0.5)
+    held = [t.clone() for t in average.average]
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    average.update(step=10, keep=torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(average.average, held, strict=True))
+    average.update(step=10, keep=torch.tensor(0.0))
+    assert not torch.equal(average.average[0], held[0])
+
+
+def test_the_plan_knows_its_periods_and_its_end() -> None:
+    config = small("unused", "train.epochs=3", "eval.every_epochs=2", "log_every=4")
+    made = make_plan(config, 216)
+    assert (made.steps_per_epoch, made.total_steps, made.eval_every) == (9, 27, 18)
+    assert [s for s in range(30) if made.eval_due(s)] == [18, 27]
+    assert [s for s in range(30) if made.save_due(s)] == [9, 18, 27]
+    assert [s for s in range(28) if made.log_due(s)] == [4, 8, 12, 16, 20, 24, 27]
+    assert [made.next_event(s) for s in (0, 4, 8, 17, 26)] == [4, 8, 9, 18, 27]
+    assert replace(made, eval_every=None).eval_due(27)
+    assert make_plan(small("unused", "train.steps=5"), 216).total_steps == 5
+
+
+def test_a_warm_up_as_long_as_the_run_is_said() -> None:
+    made = make_plan(small("unused", "train.steps=5", "optim.warmup_steps=5"), 216)
+    assert made.notice is not None
+    assert "never reaches its peak" in made.notice
