@@ -1,11 +1,13 @@
 """Run a function on N gloo ranks, in processes forked from a server that has torch loaded."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -66,13 +68,15 @@ def start_ranks_of(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        process = FORKSERVER.Process(target=_rank, args=(sender, variables, work, args))
+        stacks = tempfile.NamedTemporaryFile(prefix="stacks-", mode="r")  # noqa: SIM115 # below
+        dump = (stacks.name, 0.9 * timeout_sec)
+        process = FORKSERVER.Process(target=_rank, args=(sender, variables, dump, work, args))
         process.start()
         sender.close()
-        ranks.append((process, receiver))
+        ranks.append((process, receiver, stacks))
     end = time.monotonic() + timeout_sec
     outcomes = []
-    for process, receiver in ranks:
+    for process, receiver, stacks in ranks:
         message = b""
         if receiver.poll(max(0.0, end - time.monotonic())):
             with contextlib.suppress(EOFError):
@@ -82,7 +86,9 @@ def start_ranks_of(
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        value, error, trace, at = pickle.loads(message) if message else (None, None, "", 0.0)
+        hung = (None, None, stacks.read(), 0.0)  # where every thread of it was
+        stacks.close()
+        value, error, trace, at = pickle.loads(message) if message else hung
         outcomes.append(
             Outcome(value=value, error=error, trace=trace, at=at, exit_code=process.exitcode)
         )
@@ -96,7 +102,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(sender: Any, variables: dict[str, str], work: Callable[..., Any], args: Any) -> None:
+def _rank(
+    sender: Any,
+    variables: dict[str, str],
+    dump: tuple[str, float],
+    work: Callable[..., Any],
+    args: Any,
+) -> None:
+    stacks = open(dump[0], "w")  # noqa: SIM115 # open while this process lives
+    faulthandler.dump_traceback_later(dump[1], file=stacks)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     os.environ.update(variables)
