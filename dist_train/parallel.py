@@ -69,6 +69,14 @@ class Replica:
             nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
         return norm
 
+    def close(self) -> None:
+        """Let go of DDP while its process group lives.
+
+        Otherwise DDP's C++ part may be the group's last owner and end it while holding Python's
+        lock, for which gloo's threads wait to free their last tensors (a hang, on torch 2.11).
+        """
+        self.ddp = None
+
     def agree_on_buffers(self) -> None:
         """Give every rank rank 0's buffers: those are the run's. Collective."""
         if self.ranks.control is not None:

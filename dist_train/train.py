@@ -47,6 +47,7 @@ def train(config: Config) -> dict[str, Any]:
         data = open_data(config, ranks)
         plan = make_plan(config, data.num_train)
         parts = _build_parts(config, plan, data, ranks, run)
+        stack.callback(parts.replica.close)
         meter = Meter(ranks, plan)
         progress = run.resume(parts, meter, data.fingerprint())
         sampler = GlobalOrderSampler(
