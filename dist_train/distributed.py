@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.arguments import stop_with_parent
 from dist_train.config.check import check_world
 from dist_train.config.identity import full_hash
 from dist_train.device import (
@@ -170,6 +171,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
             raise ConfigError(error)
         yield _ranks(layout, device, None)
         return
+    if layout.launcher == "torchrun":
+        stop_with_parent()
     start = timedelta(seconds=config.parallel.start_timeout_sec)
     store = _store(layout, start)
     _register(store, layout, config, device_name, error)

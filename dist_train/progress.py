@@ -22,6 +22,12 @@ class Progress:
     wall_sec: float = 0.0  # over all attempts
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
+    def begin_elsewhere(self) -> None:
+        """Forget what belongs to the run that this state was taken from: its best, its times."""
+        self.best_accuracy, self.best_step, self.evals_without_better = None, None, 0
+        self.train_sec = self.wall_sec = 0.0
+        self.tracker_id = secrets.token_hex(4)
+
     @property
     def patience_is_over(self) -> bool:
         """Whether early stopping ends the run here."""

@@ -87,6 +87,7 @@ class Run:
         if found is None:
             self._progress = Progress(patience=self.config.train.early_stop_patience)
             self._check_space(parts)
+            self._begin(self._progress)
             return self._progress
         data_bytes = self._bytes if self.ranks.rank == 0 else None
         state = load_state(self.ranks.broadcast_bytes(data_bytes))
@@ -98,12 +99,31 @@ class Run:
 
         progress, warnings = self.ranks.together(take_up)
         progress.patience = self.config.train.early_stop_patience
+        if Path(found).parent != self.folder.checkpoints:
+            progress.begin_elsewhere()
+        if progress.step > parts.plan.total_steps:
+            raise ConfigError(
+                f"{self.path} is at step {progress.step} already, beyond the "
+                f"{parts.plan.total_steps} steps of {length_of(self.config)}: ask for more, or "
+                "use another run_dir"
+            )
         self._progress = progress
+        self._check_space(parts)
+        self._begin(progress)
         self.warn(*warnings)
         self.say(f"resumed from {found} at step {progress.step}")
         self.folder.event("resumed", step=progress.step, checkpoint=found, warnings=warnings)
-        self._check_space(parts)
+        if progress.patience_is_over:
+            self.warn(
+                f"this run was stopped early at step {progress.step} and does not go on: to train "
+                "further raise train.early_stop_patience, with "
+                "resume_allow=[train.early_stop_patience]"
+            )
         return progress
+
+    def _begin(self, progress: Progress) -> None:
+        self.folder.write_start(self.config)
+        self.folder.set_status("running", step=progress.step)
 
     def _find_checkpoint(self) -> str | None:
         best = newest_good(self.folder.checkpoints, self.warn)
@@ -158,6 +178,8 @@ class Run:
                     self.config,
                     self.path,
                     restored_step=progress.step,
+                    evaluated=progress.evaluated_step == progress.step
+                    or not plan.eval_due(progress.step),
                     wandb_id=progress.tracker_id,
                     total_steps=plan.total_steps,
                     stream=sys.stdout,
@@ -245,6 +267,8 @@ class Run:
         mine = (now.get("chain"), now.get("attempt")) == (self.ranks.chain, self.ranks.attempt)
         if (now.get("state") == "failed" and mine) or not self.path.is_dir():
             return
+        if now.get("state") == "finished" and isinstance(error, ConfigError):
+            return  # a wrong command does not undo a finished run
         code = getattr(error, "exit_code", 1)
         step = self._progress.step if self._progress else now.get("step", 0)
         reason = f"{type(error).__name__}: {error}"
@@ -312,23 +336,26 @@ def _claim(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
                 f"resume=never, but {folder.path} holds checkpoints: choose another run_dir, or "
                 "delete the folder to train from the start"
             )
-        before = (saved.train.epochs, saved.train.steps)
-        now = (config.train.epochs, config.train.steps)
+        before, now = length_of(saved), length_of(config)
         if before == now and status.get("state") == "finished":
             summary = read_json(folder.path / "summary.json")
             if summary:
-                run.say("this run is finished; ask for more train.epochs to continue it")
+                run.say(f"this run is finished; ask for more than {now} to continue it")
                 run.say(table(summary))
                 return summary, None
         if before != now:
             run.warn(
-                f"the length changes from (epochs, steps) = {before} to {now}: the learning-rate "
-                "schedule is that of the new length from the resumed step on"
+                f"the length changes from {before} to {now}: the learning-rate schedule is that "
+                "of the new length from the resumed step on"
             )
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
-    folder.write_start(config)
-    folder.set_status("running", step=status.get("step", 0) if has_checkpoints else 0)
     return None, None
+
+
+def length_of(config: Config) -> str:
+    """Return the setting that says how long to train."""
+    train = config.train
+    return f"train.epochs={train.epochs}" if train.steps is None else f"train.steps={train.steps}"
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

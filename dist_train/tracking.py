@@ -40,12 +40,13 @@ class JsonlTracker:
     """Appends one JSON object a line, each with one write: a kill loses nothing already logged.
 
     Opening keeps the lines up to `restored_step` of what is there, in one atomic replacement, so
-    that a resumed run misses and repeats no step. NaN and infinities are written as strings.
+    that a resumed run misses and repeats no step; without `evaluated` that step's evaluation is
+    dropped, as it comes again. NaN and infinities are written as strings.
     """
 
-    def __init__(self, path: Path, *, restored_step: int) -> None:
+    def __init__(self, path: Path, *, restored_step: int, evaluated: bool = True) -> None:
         if path.exists():
-            _keep_until(path, restored_step)
+            _keep_until(path, restored_step, evaluated=evaluated)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def log(self, record: Record) -> None:
@@ -191,6 +192,7 @@ def open_trackers(
     folder: Path,
     *,
     restored_step: int,
+    evaluated: bool = True,
     wandb_id: str,
     total_steps: int,
     stream: TextIO,
@@ -202,6 +204,7 @@ def open_trackers(
         config: also recorded by W&B, whole.
         folder: the run's; gets metrics.jsonl, tensorboard/ and wandb/.
         restored_step: what was logged after it is dropped (0 for a new run).
+        evaluated: whether the evaluation of that very step is done; else its line is dropped too.
         wandb_id: the same at every start of the run.
         total_steps: for the progress bar.
         stream: where progress is shown.
@@ -212,7 +215,7 @@ def open_trackers(
     """
     console = ConsoleTracker(stream, total_steps=total_steps)
     trackers: list[Tracker] = [
-        JsonlTracker(folder / "metrics.jsonl", restored_step=restored_step),
+        JsonlTracker(folder / "metrics.jsonl", restored_step=restored_step, evaluated=evaluated),
         console,
     ]
     if config.tracking.tensorboard:
@@ -230,19 +233,21 @@ def open_trackers(
     return Trackers(trackers, warn=warn)
 
 
-def _keep_until(path: Path, last_step: int) -> None:
+def _keep_until(path: Path, last_step: int, *, evaluated: bool) -> None:
     """Drop the lines after `last_step`, and one that a kill or a crash damaged."""
     kept = path.with_name(path.name + ".tmp")
     with path.open("rb") as lines, kept.open("wb") as out:
-        out.writelines(line for line in lines if _is_until(line, last_step))
+        out.writelines(line for line in lines if _is_until(line, last_step, evaluated))
         out.flush()
         os.fsync(out.fileno())
     os.replace(kept, path)
 
 
-def _is_until(line: bytes, last_step: int) -> bool:
+def _is_until(line: bytes, last_step: int, evaluated: bool) -> bool:
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+        record = json.loads(line)
+        again = record["step"] == last_step and not evaluated and "eval/accuracy" in record
+        return line.endswith(b"\n") and record["step"] <= last_step and not again
     except (ValueError, TypeError, KeyError):  # no record of ours
         return False
 

@@ -21,6 +21,7 @@ from dist_train.config.arguments import (
     add_run_options,
     compose_request,
     print_error,
+    stop_with_parent,
 )
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
@@ -137,14 +138,19 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
         verdict = Path(folder) / "verdict.json"
         environment = _with_threads(options.nproc)
         environment |= {VERDICT_VARIABLE: str(verdict), "DIST_TRAIN_CHAIN": chain}
-        torchrun = subprocess.Popen(torchrun_command(options), env=environment)
+        # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
+        torchrun = subprocess.Popen(
+            torchrun_command(options),
+            env=environment,
+            start_new_session=True,
+            preexec_fn=stop_with_parent,
+        )
 
         def forward(number: int, frame: FrameType | None) -> None:
-            # A terminal's Ctrl-C reaches torchrun by itself; a plain kill does not.
-            if number != signal.SIGINT or not sys.stdin.isatty():
-                torchrun.send_signal(number)
+            torchrun.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-        before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, forward) for number in stops}
         try:
             code = torchrun.wait()
         finally:
@@ -154,7 +160,7 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
             told = json.loads(verdict.read_text())
             print_error(told["reason"])
             return told["exit_code"]
-    return _code_of_status(config, chain, code)
+    return _code_of_status(config, chain, code if code >= 0 else 128 - code)
 
 
 def _code_of_status(config: Config, chain: str, torchrun_code: int) -> int:

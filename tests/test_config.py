@@ -208,3 +208,10 @@ def test_the_world_may_not_be_larger_than_the_batch() -> None:
     check_world(config, 6)
     with pytest.raises(ConfigError, match=r"6 is smaller than world_size \(= 8\)"):
         check_world(config, 8)
+
+
+def test_a_mapping_given_whole_replaces_what_a_group_set() -> None:
+    assert compose(["experiment=quickstart"]).config.model.args == {"width": 16}
+    assert compose(["experiment=quickstart", "model.args={}"]).config.model.args == {}
+    both = compose(["experiment=quickstart", "model.args={a:1}", "model.args.b=2"])
+    assert both.config.model.args == {"a": 1, "b": 2}

@@ -14,7 +14,7 @@ import pytest
 from dist_train.config import Config, ConfigError
 from tests.faults import Fault, train_with
 from tests.ranks import run_ranks, start_ranks_of
-from tests.settings import SMALL, small
+from tests.settings import SMALL, metrics, small
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -164,3 +164,43 @@ def test_the_time_limit_stops_and_saves_like_a_signal(tmp_path: Path) -> None:
     assert {e["state"] for e in ends} == {"preempted"}
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["reason"].startswith("train.max_minutes is over on rank")
+
+
+def test_an_evaluation_that_comes_again_is_logged_once(tmp_path: Path) -> None:
+    # SIGTERM in the evaluation of the last step: it comes again at every start until a save
+    mark = tmp_path / "fired"
+    config = small(tmp_path / "run", "train.steps=6")
+    fault = Fault(rank=0, step=5, place="in the evaluation", number=signal.SIGTERM, mark=str(mark))
+    start_ranks_of(train_with, 0, config, fault)
+    assert mark.exists()
+    run_ranks(trained, 0, config)
+    run_ranks(trained, 0, small(tmp_path / "run", "train.steps=8"))
+    lines = [(m["step"], "eval/accuracy" in m) for m in metrics(tmp_path / "run")]
+    assert lines == [(5, False), (6, False), (6, True), (8, False), (8, True)]
+
+
+def test_a_run_from_another_ones_checkpoint_has_a_best_of_its_own(tmp_path: Path) -> None:
+    run_ranks(trained, 0, small(tmp_path / "a", "train.steps=9", "optim.lr=0.3"))
+    start = tmp_path / "a" / "checkpoints" / "step_00000009"
+    options = ("train.steps=36", "train.early_stop_patience=1", "optim.lr=1e-6", f"resume={start}")
+    summary = run_ranks(trained, 0, small(tmp_path / "b", *options))[0]
+    assert summary["early_stopped"]
+    assert summary["best_step"] > 9
+
+
+def test_fewer_steps_than_are_done_are_refused_and_the_result_stays(tmp_path: Path) -> None:
+    first = run_ranks(trained, 0, small(tmp_path, "train.steps=9"))[0]
+    outcome = start_ranks_of(train_with, 0, small(tmp_path, "train.steps=4"), None)[0]
+    assert isinstance(outcome.error, ConfigError)
+    assert "is at step 9 already, beyond the 4 steps of train.steps=4" in str(outcome.error)
+    assert json.loads((tmp_path / "summary.json").read_text()) == first
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_an_early_stopped_run_asked_for_more_says_why_it_does_not_go_on(tmp_path: Path) -> None:
+    options = ("train.early_stop_patience=1", "optim.lr=1e-9")
+    first = run_ranks(trained, 0, small(tmp_path, *options, "train.epochs=5"))[0]
+    assert first["early_stopped"]
+    more = run_ranks(trained, 0, small(tmp_path, *options, "train.epochs=9"))[0]
+    assert more["steps"] == first["steps"]
+    assert "stopped early at step" in (tmp_path / "log" / "rank0.txt").read_text()

@@ -151,3 +151,36 @@ def test_two_torchruns_that_meet_at_an_endpoint_are_one_run(tmp_path: Path) -> N
     assert summary["world_size"] == 2
     assert summary["weights_sha256"] == clean["weights_sha256"]
     assert sum("run folder:" in out for out, _ in ends) == 1, "both machines spoke"
+
+
+@pytest.mark.slow
+def test_a_rank_with_loader_workers_saves_on_sigterm(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--nproc-per-node=2", "-m", "dist_train", *SMALL, f"run_dir={folder}", "log_every=1"]
+    words += ["data.loader=workers", "data.num_workers=1", "data.image_size=12"]
+    process = torchrun(*words, "train.steps=1000000", "eval.every_epochs=null")
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # torchrun signals every process of a rank
+    out, errors = process.communicate(timeout=120)
+    assert "and saved: the same command continues" in out, errors
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 0)
+    assert ranks_of(folder) == []
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_save_and_stop(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--nproc-per-node=2", "-m", "dist_train", *SMALL, f"run_dir={folder}", "log_every=1"]
+    process = torchrun(*words, "train.steps=1000000", "eval.every_epochs=null")
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    out, _ = process.communicate(timeout=120)  # ends when the last rank has
+    assert "SIGTERM on rank" in out
+    assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+    while ranks_of(folder):
+        time.sleep(0.1)

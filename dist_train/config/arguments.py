@@ -1,8 +1,11 @@
 """The command line of a run: overrides and a few options, and how a mistake is told."""
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -92,3 +95,13 @@ def print_error(message: str) -> None:
     """Write the one line that a mistake gets."""
     sys.stderr.write(f"dist-train: error: {' '.join(message.split())}\n")
     sys.stderr.flush()
+
+
+def stop_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the process that started this one dies, however it dies.
+
+    For torchrun and its ranks: they would train on unsupervised when what started them is killed.
+    """
+    pr_set_pdeathsig = 1  # man 2 prctl
+    with contextlib.suppress(OSError, AttributeError):  # not on other systems
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -70,6 +70,7 @@ def compose(
         raise ConfigError(" ".join(str(error).split())) from None
     values = {k: v for k, v in composed.items() if k != "hydra"}
     raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(values))  # type: ignore[assignment] # a mapping
+    _replace_whole_mappings(raw, parsed)
     _refuse_resolvers(raw)
     if "experiment" in groups and composed.hydra.runtime.choices.get("experiment"):
         raw["experiment"] = composed.hydra.runtime.choices.experiment
@@ -150,6 +151,24 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     if key not in known:
         raise ConfigError(unknown_key(key, groups))
     return override
+
+
+def _replace_whole_mappings(raw: dict[str, Any], overrides: list[Override]) -> None:
+    """Let model.args={...} replace what a group set, and later model.args.x=1 add to it.
+
+    Hydra would merge the two.
+    """
+    for owner in (key for key, hint in leaves(Config) if "dict" in str(hint)):
+        mine = [o for o in overrides if f"{o.key_or_group}.".startswith(f"{owner}.")]
+        whole = [i for i, o in enumerate(mine) if o.key_or_group == owner]
+        if not whole:
+            continue
+        value = mine[whole[-1]].value()
+        node = OmegaConf.create({"args": value if isinstance(value, dict) else {}})
+        for override in mine[whole[-1] + 1 :]:
+            OmegaConf.update(node, f"args{override.key_or_group[len(owner) :]}", override.value())
+        group, name = owner.split(".")
+        raw[group][name] = OmegaConf.to_container(node)["args"]  # type: ignore[index] # a mapping
 
 
 def _refuse_resolvers(values: Any, key: str = "") -> None:

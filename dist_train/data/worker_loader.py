@@ -1,6 +1,8 @@
 """Batches through torch's DataLoader: for pictures that do not fit in memory or are uneven."""
 
+import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from dist_train.order import GlobalOrderSampler, StepShare, seed_of
 
 # Of the ImageNet training pictures: what pretrained torchvision models expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 Keys = list[tuple[int, int | None]]
 
@@ -79,16 +83,22 @@ class WorkerLoader:
         self, pictures: WorkerPictures, keys: "_StepKeys | list[Keys]"
     ) -> Iterator[tuple[Tensor, Tensor]]:
         workers = self._config.num_workers
-        return iter(
-            DataLoader(
-                pictures,
-                batch_sampler=keys,
-                num_workers=workers,
-                pin_memory=self._device.type == "cuda",
-                # a fork after torch has started its threads may deadlock
-                multiprocessing_context="forkserver" if workers else None,
-            )
+        loader = DataLoader(
+            pictures,
+            batch_sampler=keys,
+            num_workers=workers,
+            pin_memory=self._device.type == "cuda",
+            # a fork after torch has started its threads may deadlock
+            multiprocessing_context="forkserver" if workers else None,
         )
+        # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
+        # mask: they outlive the signal, so that the rank can finish its step and save.
+        resource_tracker.ensure_running()  # it would unblock the signals again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _on_device(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
