@@ -196,6 +196,7 @@ def trained(config: Config) -> dict[str, Any]:
     return train(config)
 
 
+@pytest.mark.slow
 def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
     options = ("checkpoint.every_steps=5", "optim.schedule=constant")
     clean = run_ranks(trained, 2, small(tmp_path / "a", *options, "train.steps=20"))[0]
@@ -208,6 +209,7 @@ def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path)
     assert "resumed from" in told
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(tmp_path: Path) -> None:
     run_ranks(trained, 0, small(tmp_path, "train.steps=9"))
     for path in list_checkpoints(tmp_path / "checkpoints"):
@@ -217,6 +219,7 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(tmp_path: Path)
     assert "is good" in str(outcome.error)
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_settings_are_refused(tmp_path: Path) -> None:
     run_ranks(trained, 0, small(tmp_path, "train.steps=9"))
     options = ("train.steps=18", "data.args.num_test=80", "resume_allow=[data.args]")

@@ -126,6 +126,7 @@ def test_interpolation_of_another_key_is_allowed() -> None:
     assert "'nothing'" in refusal("optim.lr=${nothing}")
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_stay_out_of_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.settings import SMALL
+
+pytestmark = pytest.mark.slow
+
 
 REPOSITORY = Path(__file__).parents[1]
 WORDS = ("run_dir=run", "train.epochs=2", "train.micro_batch_size=2", "optim.lr_scaling=linear")

@@ -120,6 +120,7 @@ def test_a_taken_port_is_told_before_torchrun_starts(taken_port: int, tmp_path: 
     assert "choose another --master-port" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_ranks_say_it_once(name: str, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
@@ -205,6 +206,7 @@ def test_ranks_that_disagree_all_end(work: object, said: tuple[str, ...], tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -248,6 +250,7 @@ def in_a_small_disk(name: str) -> tuple[str, ...]:
 DISK_WORDS = [*SMALL, "run_dir=run", "train.steps=2", "model.args.width=80"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_by_one_process_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     command = [*in_a_small_disk("full"), sys.executable, "-m", "dist_train", *DISK_WORDS]

@@ -15,6 +15,9 @@ import pytest
 from dist_train.config import ConfigError, WandbConfig
 from dist_train.wandb_tracker import QUEUE_RECORDS, WandbTracker
 
+pytestmark = pytest.mark.slow
+
+
 PATIENCE_SEC = 30.0  # generous: the child imports wandb on a busy machine
 
 

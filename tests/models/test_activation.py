@@ -19,6 +19,8 @@ from dist_train.models import (
     wide_resnet,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Wrapper(nn.Module):
     """A user's net around a backbone, with a head of its own."""
