@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.build import autocast, build_model, checked_logits, precision_in_force
+from dist_train.claim import open_run
 from dist_train.config import Config
 from dist_train.data.batch import Batch
 from dist_train.data.loaders import Data, open_data
@@ -20,7 +21,7 @@ from dist_train.plan import Plan, make_plan
 from dist_train.preemption import StopRequest, listen_for_stop
 from dist_train.profiling import profiled
 from dist_train.recovery import NonFiniteGuard, diverged
-from dist_train.run import Run, open_run
+from dist_train.run import Run
 from dist_train.state import Parts, Progress
 from dist_train.tasks import classification as task
 

@@ -39,9 +39,9 @@ def test_one_rank_on_nccl_learns(precision: str, sync: str, tmp_path: Path) -> N
 def waits(config: Config) -> list[int]:
     """Return how many times the host waited for the device in each of ten steps."""
     from dist_train import train as loop
+    from dist_train.claim import open_run
     from dist_train.metrics import Meter
     from dist_train.plan import make_plan
-    from dist_train.run import open_run
 
     counts = []
     with start_ranks(config) as ranks, open_run(config, ranks) as run:

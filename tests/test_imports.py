@@ -34,6 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("build", "run_folder", "state"),
     ("summary",),
     ("run",),
+    ("claim",),
     ("train",),
     ("dry_run",),
     ("__main__",),

@@ -27,7 +27,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from dist_train.distributed import start_ranks
-from dist_train.run import open_run
+from dist_train.claim import open_run
 from tests.settings import small
 config = small(sys.argv[1])
 with start_ranks(config) as ranks, open_run(config, ranks):

@@ -83,3 +83,9 @@ def check_same_run(config: Config, saved: Config, run_dir: Path) -> None:
             f"{run_dir} holds a run with other settings: {what}. Use another run_dir, or allow "
             f"the change with resume_allow=[{','.join(changed)}]"
         )
+
+
+def length_of(config: Config) -> str:
+    """Return the setting that says how long to train."""
+    train = config.train
+    return f"train.epochs={train.epochs}" if train.steps is None else f"train.steps={train.steps}"
