@@ -9,13 +9,15 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 NPROC ?= auto
 EXPERIMENT ?= quickstart
 ARGS ?=
+ROWS ?=
+N ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
-PYTEST := $(BIN)/python -m pytest -q -n 2
+PYTEST := $(BIN)/python -m pytest -q -n 3
 
-.PHONY: help train test check check-static gpu-check clean
+.PHONY: help train test test-exhaustive check check-static reliability gpu-check clean
 
 help: ## show the targets
 	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -24,16 +26,22 @@ help: ## show the targets
 train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to continue
 	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
 
-test: $(STAMP) ## run every test that needs no GPU and no cluster
-	$(PYTEST)
+test: $(STAMP) ## run every test that needs no GPU and no cluster, but for the exhaustive ones
+	$(PYTEST) -m "not exhaustive"
+
+test-exhaustive: $(STAMP) ## every place of a failure in a step, many restarts, verify-resume: minutes each
+	$(PYTEST) -m exhaustive
 
 check: check-static ## before every commit: format, lint, types, fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 check-static: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8" N=100 (N=small: a few minutes)
+	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
 
 gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
 	$(BIN)/python benchmarks/gpu_check.py

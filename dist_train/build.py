@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dist_train.config import Config, ConfigError
 from dist_train.config.importing import import_callable
 from dist_train.distributed import Ranks
+from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
 
@@ -75,9 +76,9 @@ def checked_logits(
     shape = tuple(images.shape)
     try:
         logits = model(images)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "

@@ -1,87 +1,119 @@
-"""Checkpoints: written whole or not at all, verified before believed; the newest good one wins.
+"""Checkpoints: written whole or not at all, read without running any code in them.
 
-A checkpoint is a folder `step_00001000/` of `state.pt` and `manifest.json`, which holds the sha256
-of the former and is written last. The folder gets its name when all of it is on the disk.
+What a checkpoint is on disk, and how it is verified, is in checkpoint_folder.py; its folder gets
+its name when all of it is on the disk. Only rank 0 reads and writes: nothing here is collective.
 """
 
+import errno
 import hashlib
 import io
-import json
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.config import ConfigError
+from dist_train.checkpoint_folder import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    BadCheckpointError,
+    list_checkpoints,
+    manifest_bytes,
+    name_of,
+    newest_good,
+    read_verified,
+)
+from dist_train.checkpoint_upkeep import prune, sync_folder
+from dist_train.state_file import DTYPES, outline
 
-FORMAT_VERSION = 1
-STATE_FILE = "state.pt"
-MANIFEST_FILE = "manifest.json"
+__all__ = [
+    "BadCheckpointError",
+    "HostBuffers",
+    "list_checkpoints",
+    "load_state",
+    "newest_good",
+    "prune",
+    "read_verified",
+    "serialised",
+    "weights_sha256",
+    "write_checkpoint",
+]
 
 
-class BadCheckpointError(ConfigError):
-    """A folder that is no whole, unchanged checkpoint; says what is wrong with it."""
+class HostBuffers:
+    """Copies states into host memory that is kept from one copy to the next.
 
-
-class CheckpointWriter:
-    """Writes the states of one run in a thread, one at a time, and prunes old ones.
-
-    Only rank 0 has one: nothing here is collective.
+    On CUDA the memory is pinned. Fresh memory would cost a page fault for every 4 KiB, which is
+    several times what copying costs.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep_last: int,
-        on_saved: Callable[[int], None],
-        on_error: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self._keep_last = keep_last
-        self._on_saved = on_saved  # called in the thread, with the step
-        self._on_error = on_error
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for litter in [*folder.glob(".writing-*"), *folder.glob(".replaced-*")]:
-            shutil.rmtree(litter, ignore_errors=True)
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str | int, ...], Tensor] = {}
+        self._used: set[tuple[str | int, ...]] = set()
+        self._on_device = False
 
-    def save(self, state: dict[str, Any], *, step: int, best_step: int | None) -> None:
-        """Copy `state` to host memory now and write it in the background.
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return `state` with its tensors copied; the copy before this one is overwritten. Waits.
 
-        Waits for the save before this one; tensors may change as soon as this returns.
+        Raises:
+            TypeError: it holds what could be saved and never be read again; says where.
         """
-        self.wait()
-        snapshot = _to_host(state)
-        self._pending = self._thread.submit(self._write, snapshot, step, best_step)
+        self._used, self._on_device = set(), False
+        copied = self._copied(state, ())
+        self._kept = {place: self._kept[place] for place in self._used}
+        if self._on_device:  # the copies were only started
+            torch.cuda.current_stream().synchronize()
+        return copied
 
-    def wait(self) -> bool:
-        """Wait until the last save is on the disk; False, after telling, if it failed."""
-        if self._pending is None:
-            return True
-        pending, self._pending = self._pending, None
-        try:
-            pending.result()
-        except OSError as error:
-            self._on_error(f"checkpoint not saved: {error}; the one before it is kept")
-            return False
-        return True
+    def _copied(self, value: Any, place: tuple[str | int, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value.detach(), place)
+        if isinstance(value, dict):
+            for key in value:
+                if type(key) not in (str, int):
+                    raise TypeError(f"{_shown(place)} has a key {key!r}: {_RULE}")
+            return {key: self._copied(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._copied(item, (*place, i)) for i, item in enumerate(value)]
+        if value is None or type(value) in (str, int, float, bool):
+            return value
+        raise TypeError(f"{_shown(place)} is a {type(value).__name__}: {_RULE}")
 
-    def close(self) -> None:
-        """Wait for the last save and end the thread."""
-        self.wait()
-        self._thread.shutdown()
+    def _tensor(self, tensor: Tensor, place: tuple[str | int, ...]) -> Tensor:
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise TypeError(f"{_shown(place)} is of {tensor.dtype}: {_RULE}")
+        kept = self._kept.get(place)
+        form = (tensor.shape, tensor.dtype, tensor.stride())
+        if kept is None or (kept.shape, kept.dtype, kept.stride()) != form:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._kept[place] = kept
+        self._used.add(place)
+        self._on_device |= tensor.is_cuda
+        if tensor.is_cuda or not _is_one_block(tensor):
+            return kept.copy_(tensor, non_blocking=tensor.is_cuda)
+        # One thread: copy_ takes all of them, and waits for each where cores are shared.
+        np.copyto(_bytes_of(kept), _bytes_of(tensor))
+        return kept
 
-    def _write(self, state: dict[str, Any], step: int, best_step: int | None) -> None:
-        write_checkpoint(self.folder, state, step=step)
-        self._on_saved(step)
-        prune(self.folder, keep_last=self._keep_last, keep_step=best_step)
+
+_RULE = "a checkpoint holds dictionaries, lists, plain values and tensors of ordinary types"
+
+
+def _is_one_block(tensor: Tensor) -> bool:
+    wide = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return wide or tensor.is_contiguous()
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """Return a view of a tensor's bytes in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def _shown(place: tuple[str | int, ...]) -> str:
+    return "state" + "".join(f"[{key!r}]" for key in place)
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], *, step: int) -> Path:
@@ -90,99 +122,43 @@ def write_checkpoint(folder: Path, state: dict[str, Any], *, step: int) -> Path:
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
-    target = folder / f"step_{step:08d}"
+    target = folder / name_of(step)
     writing = folder / f".writing-{target.name}-{os.getpid()}"
+    data = serialised(state)
+    check_free(folder, len(data))
     try:
-        writing.mkdir()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getbuffer()
+        writing.mkdir(mode=0o755)
         _write_file(writing / STATE_FILE, data)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "files": {STATE_FILE: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}},
-        }
-        _write_file(writing / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
-        _sync_folder(writing)
+        _write_file(writing / MANIFEST_FILE, manifest_bytes(step, data))
+        sync_folder(writing)
         if target.exists():  # a bad one, or the same step trained again
             replaced = folder / f".replaced-{target.name}-{os.getpid()}"
-            target.rename(replaced)
+            target.rename(replaced)  # a kill from here on: checkpoint_folder.tidy mends it
             writing.rename(target)
+            sync_folder(folder)
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             writing.rename(target)
-        _sync_folder(folder)
+            sync_folder(folder)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
     return target
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest step first, good or bad."""
-    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+def check_free(folder: Path, num_bytes: int) -> None:
+    """Raise OSError if the disk has no room for `num_bytes`, before any of them is written."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        text = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.1f} of {num_bytes / 2**20:.1f} MiB"
+        raise OSError(errno.ENOSPC, text, str(folder))
 
 
-def read_verified(path: Path) -> bytes:
-    """Return the bytes of a checkpoint's state after checking them against the manifest.
-
-    Raises:
-        BadCheckpointError: something is missing, truncated, changed or of another version.
-    """
-    manifest_path, state_path = path / MANIFEST_FILE, path / STATE_FILE
-    try:
-        for file in (path, manifest_path, state_path):
-            if file.is_symlink():
-                raise BadCheckpointError(f"{file} is a symbolic link")
-        manifest = json.loads(manifest_path.read_bytes())
-        data = state_path.read_bytes()
-        version, step = manifest["format_version"], manifest["step"]
-        entry = manifest["files"][STATE_FILE]
-        size, digest = entry["bytes"], entry["sha256"]
-    except OSError as error:
-        raise BadCheckpointError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BadCheckpointError):
-            raise
-        raise BadCheckpointError(f"{manifest_path} is damaged ({error!r})") from None
-    if version != FORMAT_VERSION:
-        raise BadCheckpointError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}"
-        )
-    if f"step_{step:08d}" != path.name:
-        raise BadCheckpointError(f"{path} says it is of step {step}: it was moved or renamed")
-    if len(data) != size:
-        raise BadCheckpointError(f"{state_path} has {len(data)} bytes instead of {size}")
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise BadCheckpointError(f"{state_path} was changed: its sha256 is not the manifest's")
-    return data
-
-
-def newest_good(folder: Path, report: Callable[[str], None]) -> tuple[Path, bytes] | None:
-    """Return the newest checkpoint that verifies, with its bytes; None if there is none at all.
-
-    Args:
-        folder: where the checkpoints are.
-        report: told of every refused one.
-
-    Raises:
-        BadCheckpointError: there are checkpoints and not one is good.
-    """
-    refused: list[str] = []
-    for path in list_checkpoints(folder):
-        try:
-            return path, read_verified(path)
-        except BadCheckpointError as bad:
-            refused.append(str(bad))
-            report(f"checkpoint refused: {bad}; trying the one before it")
-    if refused:
-        raise BadCheckpointError(
-            f"none of the {len(refused)} checkpoints in {folder} is good (newest: {refused[0]}): "
-            "restore one from a backup, or delete them to start over"
-        )
-    return None
+def serialised(state: dict[str, Any]) -> memoryview:
+    """Return `state` as the bytes of a state.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def load_state(data: bytes) -> dict[str, Any]:
@@ -191,6 +167,7 @@ def load_state(data: bytes) -> dict[str, Any]:
     Raises:
         BadCheckpointError: the bytes hold something else than tensors and plain values.
     """
+    outline(data)  # sizes, names and instructions: refused before torch reads them
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in bytes of unknown origin
@@ -203,13 +180,6 @@ def load_state(data: bytes) -> dict[str, Any]:
         ) from None
 
 
-def prune(folder: Path, *, keep_last: int, keep_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one of `keep_step`."""
-    for path in list_checkpoints(folder)[keep_last:]:
-        if int(path.name[5:]) != keep_step:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
     """Return the sha256 over names and bytes of parameters and buffers, in order."""
     digest = hashlib.sha256()
@@ -220,26 +190,12 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _to_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_host(item) for item in value]
-    return value
-
-
 def _write_file(path: Path, data: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,23 +1,37 @@
 """May this command continue this folder? The lock, the settings and the status decide."""
 
 import contextlib
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from dist_train.chain import begin, earlier_end, has_ended
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, length_of, run_dir_of
+from dist_train.config.redact import learn
 from dist_train.distributed import Ranks
+from dist_train.endings import end_failed, end_unstarted
+from dist_train.failure import ChainNotes, stack_on_crash
+from dist_train.preemption import stop_reason
 from dist_train.run import Run
 from dist_train.run_folder import RunFolder, read_json
 from dist_train.summary import table
-
-FINAL_CODES = (2, 93)  # of status.json: a restart of the same chain would only repeat them
 
 
 class EarlierFailureError(RuntimeError):
     """This chain has ended for good before; a restart has nothing to do."""
 
     exit_code = 1  # that of the earlier end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What rank 0 found in the folder, for all ranks."""
+
+    finished: dict[str, Any] | None = None  # the summary of a run that is over
+    ended: tuple[str, int] | None = None  # this chain ended for good: reason, exit code
+    micro_batch_size: int | None = None  # that this chain remembers
 
 
 @contextlib.contextmanager
@@ -27,43 +41,46 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[Run]:
     Raises:
         ConfigError: not writable, in use, or a run with other settings; on all ranks.
         EarlierFailureError: this chain of restarts has already ended for good.
+        RankFailedError: another rank failed; it tells why.
     """
+    learn(config)
     folder = RunFolder(run_dir_of(config), ranks)
     run = Run(config, folder, ranks)
     try:
-        run.finished, earlier = ranks.from_first(lambda: _claim(run))
-        if earlier is not None:
-            ended = EarlierFailureError(
-                "this run ended before, and a restart would only repeat it: "
-                f"{earlier.get('reason')}"
-            )
-            ended.exit_code = earlier["exit_code"]
+        claim = ranks.from_first(lambda: _claim(run))
+        if claim.ended is not None:
+            ended = EarlierFailureError(claim.ended[0])
+            ended.exit_code = claim.ended[1]
             raise ended
-        try:
-            yield run
-        except Exception as error:
-            run.failed(error)
-            raise
+        run.finished = claim.finished
+        run.chain = ChainNotes(run.path, ranks, claim.micro_batch_size)
+        with stack_on_crash(run.path, ranks):
+            try:
+                if run.finished is None and ranks.any(stop_reason() is not None):
+                    run.finished = end_unstarted(run, ranks.gather(stop_reason()))
+                yield run
+            except BaseException as error:
+                instead = end_failed(run, error)
+                if instead is None:
+                    raise
+                raise instead from error
     finally:
         folder.release()
 
 
-def _claim(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Lock, compare and start the folder. Rank 0 only.
-
-    Returns:
-        (the summary of a run that is finished, the status of a chain that ended for good).
-    """
+def _claim(run: Run) -> Claim:
+    """Lock, compare and start the folder. Rank 0 only."""
     config, folder, ranks = run.config, run.folder, run.ranks
     folder.claim()
     run.say(f"run folder: {folder.path}")
     status = folder.read_status()
+    if has_ended(status, ranks.chain, ranks.attempt):
+        return Claim(ended=(earlier_end(str(status.get("reason"))), status["exit_code"]))
     restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
-    if restarted and status.get("exit_code") in FINAL_CODES:
-        return None, status
     saved = folder.saved_config()
-    has_checkpoints = folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step_*"))
-    if saved is not None and has_checkpoints:
+    names = [path.name for path in folder.checkpoints.glob("step_*")]
+    newest_step = max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
+    if saved is not None and names:
         check_same_run(config, saved, folder.path)
         if config.resume == "never" and not restarted:
             raise ConfigError(
@@ -76,11 +93,47 @@ def _claim(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             if summary:
                 run.say(f"this run is finished; ask for more than {now} to continue it")
                 run.say(table(summary))
-                return summary, None
+                return Claim(finished=summary)
         if before != now:
             run.warn(
                 f"the length changes from {before} to {now}: the learning-rate schedule is that "
                 "of the new length from the resumed step on"
             )
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
-    return None, None
+    run.earlier = folder.note_earlier_attempt()  # before status.json is written anew
+    return _begin(run, status, newest_step=newest_step)
+
+
+def _begin(run: Run, status: dict[str, Any], *, newest_step: int) -> Claim:
+    """Count how the attempts before this one ended; end the chain if it is of no use."""
+    ranks = run.ranks
+    beginning = begin(
+        run.path,
+        chain=ranks.chain,
+        attempt=ranks.attempt,
+        world_size=ranks.world_size,
+        step=newest_step,
+        stopped=status.get("chain") == ranks.chain and status.get("state") == "preempted",
+        told=_reason_of(status, ranks),
+    )
+    if beginning.refusal is not None:
+        run.folder.set_status("failed", step=newest_step, exit_code=93, reason=beginning.refusal)
+        return Claim(ended=(beginning.refusal, 93))
+    if status.get("state") != "finished":  # a wrong command does not undo that
+        run.folder.set_status("running", step=newest_step)
+    if beginning.earlier is not None:
+        wait = min(beginning.wait_sec, run.config.parallel.start_timeout_sec / 3)
+        later = f", in {wait:.0f} s" if wait else ""
+        run.warn(f"restart {ranks.attempt} from step {newest_step}{later}: {beginning.earlier}")
+        run.folder.event("restarted", step=newest_step, reason=beginning.earlier, wait_sec=wait)
+        end = time.monotonic() + wait
+        while time.monotonic() < end and stop_reason() is None:
+            time.sleep(0.05)
+    return Claim(micro_batch_size=beginning.micro_batch_size)
+
+
+def _reason_of(status: dict[str, Any], ranks: Ranks) -> str | None:
+    """Return what the watchdog wrote of the attempt before this one, if that ended it."""
+    before = (status.get("chain"), status.get("attempt")) == (ranks.chain, ranks.attempt - 1)
+    hung = status.get("state") == "failed" and status.get("exit_code") is None
+    return status.get("reason") if before and hung else None

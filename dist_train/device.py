@@ -77,13 +77,19 @@ def check_precision(config: Config, device: torch.device) -> None:
 
 def set_determinism(config: Config) -> None:
     """Choose deterministic algorithms, or fast ones, before any handle or communicator is made."""
-    if config.deterministic:
+    exact = config.deterministic or config.train.order == "fixed"
+    if exact:
         # Read by cuBLAS when its handle is made, by NCCL when a communicator is.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cudnn.benchmark = not exact
+
+
+def threads_asked(config: Config) -> int | None:
+    """Return the number of threads that the configuration asks for: fixed order needs one."""
+    return 1 if config.train.order == "fixed" else config.threads
 
 
 def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int:

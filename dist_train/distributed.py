@@ -5,37 +5,33 @@ there is no process group and each of them is the identity.
 """
 
 import contextlib
-import dataclasses
-import json
 import os
-import platform
-import socket
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import stop_with_parent
 from dist_train.config.check import check_world
-from dist_train.config.identity import full_hash
 from dist_train.device import (
     bind_device,
     check_precision,
     keep_freed_memory,
     set_determinism,
+    threads_asked,
     threads_of,
 )
-from dist_train.layout import Layout, Registration, check_registrations, detect_layout
+from dist_train.heartbeat import Pulse
+from dist_train.layout import Layout, detect_layout
+from dist_train.rendezvous import open_store, register
 
 T = TypeVar("T")
-VERDICT_GRACE_SEC = 15.0
 
 
 class RankFailedError(RuntimeError):
@@ -55,17 +51,33 @@ class Ranks:
     chain: str
     device: torch.device
     control: dist.ProcessGroup | None  # gloo, for decisions; None: no process group at all
+    store: Store | None = None  # of this attempt
+    pulse: Pulse = field(default_factory=Pulse, compare=False)  # says where this rank is
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place, on the training group. Collective."""
         if self.control is not None:
-            dist.all_reduce(tensor)
+            with self.pulse.calling("all_reduce", tensor.numel()):
+                dist.all_reduce(tensor)
         return tensor
+
+    def exchange(self, tensor: Tensor, partner: int) -> Tensor:
+        """Send `tensor` to another rank and return its one, of the same shape. Both call it."""
+        theirs = torch.empty_like(tensor)
+        with self.pulse.calling("exchange", tensor.numel()):
+            sides = [
+                dist.P2POp(dist.isend, tensor, partner),
+                dist.P2POp(dist.irecv, theirs, partner),
+            ]
+            for work in dist.batch_isend_irecv(sides):
+                work.wait()
+        return theirs
 
     def control_sum(self, values: Tensor) -> Tensor:
         """Sum a CPU tensor over the ranks, in place, without touching the device. Collective."""
         if self.control is not None:
-            dist.all_reduce(values, group=self.control)
+            with self.pulse.calling("control_sum", values.numel()):
+                dist.all_reduce(values, group=self.control)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -75,7 +87,8 @@ class Ranks:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` with rank 0's, on the training group. Collective."""
         if self.control is not None:
-            dist.broadcast(tensor, src=0)
+            with self.pulse.calling("broadcast", tensor.numel()):
+                dist.broadcast(tensor, src=0)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -83,7 +96,8 @@ class Ranks:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        with self.pulse.calling("gather"):
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -91,7 +105,8 @@ class Ranks:
         value = self.together(make if self.rank == 0 else lambda: None)
         box: list[Any] = [value]
         if self.control is not None:
-            dist.broadcast_object_list(box, src=0, group=self.control)
+            with self.pulse.calling("broadcast"):
+                dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
@@ -100,17 +115,20 @@ class Ranks:
             assert data is not None, "rank 0 gives the bytes"
             return data
         size = torch.tensor(len(data) if data is not None else 0)
-        dist.broadcast(size, src=0, group=self.control)
+        with self.pulse.calling("broadcast"):
+            dist.broadcast(size, src=0, group=self.control)
         box = torch.empty(int(size), dtype=torch.uint8)
         if data is not None:
             box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(box, src=0, group=self.control)
+        with self.pulse.calling("broadcast", box.numel()):
+            dist.broadcast(box, src=0, group=self.control)
         return box.numpy().tobytes()
 
     def barrier(self) -> None:
         """Wait until every rank is here. Collective."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            with self.pulse.calling("barrier"):
+                dist.barrier(group=self.control)
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank; if it fails on any, fail on all at once. Collective.
@@ -153,6 +171,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
 
     Raises:
         ConfigError: the launcher's variables or the table of ranks make no sense; on all ranks.
+        StoppedBeforeStartError: asked to stop, and the others have not come.
     """
     layout = detect_layout(os.environ, parent=os.getppid())
     check_world(config, layout.world_size)
@@ -163,7 +182,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     except ConfigError as mistake:
         error = str(mistake)
     set_determinism(config)
-    torch.set_num_threads(threads_of(config.threads, layout, os.environ))
+    torch.set_num_threads(threads_of(threads_asked(config), layout, os.environ))
     if device.type == "cpu":
         keep_freed_memory()
     if layout.launcher == "single":
@@ -174,8 +193,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     if layout.launcher == "torchrun":
         stop_with_parent()
     start = timedelta(seconds=config.parallel.start_timeout_sec)
-    store = _store(layout, start)
-    _register(store, layout, config, device_name, error)
+    store = open_store(layout, config)
+    register(store, layout, config, device_name, error)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),
@@ -187,7 +206,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     try:
         control = dist.new_group(backend="gloo", timeout=start)
         assert isinstance(control, dist.ProcessGroup)
-        yield _ranks(layout, device, control)
+        yield _ranks(layout, device, control, store)
     finally:
         dist.destroy_process_group()
 
@@ -202,7 +221,12 @@ def shorten_timeouts(ranks: Ranks, seconds: float) -> None:
         set_timeout(timedelta(seconds=seconds), group)
 
 
-def _ranks(layout: Layout, device: torch.device, control: dist.ProcessGroup | None) -> Ranks:
+def _ranks(
+    layout: Layout,
+    device: torch.device,
+    control: dist.ProcessGroup | None,
+    store: Store | None = None,
+) -> Ranks:
     return Ranks(
         rank=layout.rank,
         local_rank=layout.local_rank,
@@ -213,87 +237,5 @@ def _ranks(layout: Layout, device: torch.device, control: dist.ProcessGroup | No
         chain=layout.chain,
         device=device,
         control=control,
+        store=store,
     )
-
-
-def _store(layout: Layout, timeout: timedelta) -> Store:
-    """Return the store under a prefix of this attempt's own.
-
-    Restarted ranks would otherwise read the dead generation's addresses from torchrun's store.
-    """
-    serve = layout.rank == 0 and not layout.store_is_served
-    try:
-        store = TCPStore(
-            layout.master_addr,
-            layout.master_port,
-            world_size=None if layout.store_is_served else layout.world_size,
-            is_master=serve,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        address = f"{layout.master_addr}:{layout.master_port}"
-        if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise ConfigError(
-                f"port {layout.master_port} is taken on {layout.master_addr}: choose another with "
-                "--master-port or MASTER_PORT, or use torchrun --standalone on one machine"
-            ) from None
-        raise ConfigError(
-            f"cannot reach rank 0's store at {address} within {timeout.total_seconds():.0f} s: "
-            "check MASTER_ADDR or --rdzv-endpoint, the network and the firewall"
-        ) from None
-    return PrefixStore(f"dist_train/attempt_{layout.attempt}", store)
-
-
-def _register(
-    store: Store, layout: Layout, config: Config, device_name: str, error: str | None
-) -> None:
-    """Tell rank 0 who we are, and take its verdict on the whole table. Collective."""
-    entry = Registration(
-        rank=layout.rank,
-        local_rank=layout.local_rank,
-        world_size=layout.world_size,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        device=device_name,
-        config_hash=full_hash(config),
-        versions=f"torch {torch.__version__}, Python {platform.python_version()}",
-        error=error,
-    )
-    line = json.dumps(dataclasses.asdict(entry))
-    slot = store.add(f"came/{layout.rank}", 1)  # a second process with this rank gets 2
-    store.set(f"rank/{layout.rank}/{slot}", line)
-    start_sec = config.parallel.start_timeout_sec
-    if layout.rank == 0 and slot == 1:
-        table = []
-        end = time.monotonic() + start_sec
-        for rank in range(layout.world_size):
-            left = timedelta(seconds=max(0.01, end - time.monotonic()))
-            with contextlib.suppress(RuntimeError):  # waited the whole time: reported as missing
-                store.wait([f"rank/{rank}/1"], left)
-                came = store.add(f"came/{rank}", 0)
-                for n in range(1, came + 1):
-                    text = store.get(f"rank/{rank}/{n}").decode()
-                    table.append(Registration(**json.loads(text)))
-        store.set("verdict", check_registrations(table, layout.world_size) or "")
-    try:
-        # Longer than rank 0 waits: it knows who is missing.
-        store.wait(["verdict"], timedelta(seconds=start_sec + VERDICT_GRACE_SEC))
-        verdict = store.get("verdict").decode()
-    except RuntimeError:
-        raise ConfigError(
-            f"rank 0 of {layout.world_size} did not come within {start_sec:.0f} s: start it, or "
-            "raise parallel.start_timeout_sec"
-        ) from None
-    if verdict:
-        store.add("verdict_read", 1)
-        if layout.rank == 0 and not layout.store_is_served:
-            _wait_for_readers(store, layout.world_size)
-        raise ConfigError(verdict)
-
-
-def _wait_for_readers(store: Store, world_size: int) -> None:
-    """Keep the store that this process serves until the others have read the verdict."""
-    end = time.monotonic() + 5.0
-    while store.add("verdict_read", 0) < world_size and time.monotonic() < end:
-        time.sleep(0.02)

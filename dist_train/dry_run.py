@@ -3,18 +3,18 @@
 import os
 
 import torch
-from torch import Tensor, nn
 
 from dist_train.build import build_model, precision_in_force
 from dist_train.config import Config
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
 from dist_train.data.loaders import open_data
-from dist_train.device import threads_of
+from dist_train.device import threads_asked, threads_of
 from dist_train.distributed import Ranks
 from dist_train.layout import detect_layout
+from dist_train.memory import estimate_memory
 from dist_train.optim import peak_learning_rate
-from dist_train.order import micro_batches, share
+from dist_train.order import micro_batches, shards, share
 from dist_train.plan import make_plan
 
 RANKS_VARIABLE = "DIST_TRAIN_DRY_RUN_RANKS"
@@ -44,23 +44,27 @@ def describe(config: Config) -> str:
     plan = make_plan(config, data.num_train)
     model = build_model(config, data.num_classes, alone)
     first, last = share(plan.global_batch_size, 0, world_size)
-    pieces = micro_batches(last - first, config.train.micro_batch_size)
+    asked = config.train.micro_batch_size
+    pieces = micro_batches(last - first, None if asked == "auto" else asked)
+    if config.train.order == "fixed":
+        pieces = shards(plan.global_batch_size, 0, world_size, config.train.num_shards)
     micro = pieces[0][1] - pieces[0][0]
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     kind = "cuda" if gpus else "cpu"
     precision, notice = precision_in_force(config, torch.device(kind))
     memory = estimate_memory(model, data.loader.image_shape, micro, precision, config)
     dropped = data.num_train - plan.steps_per_epoch * plan.global_batch_size
+    found_later = "; auto finds what fits when the run starts" if asked == "auto" else ""
     rows = [
         ("world", f"{world_size} ranks, device {kind}"),
-        ("threads", f"{threads_of(config.threads, layout, os.environ)} a rank"),
+        ("threads", f"{threads_of(threads_asked(config), layout, os.environ)} a rank"),
         (
             "data",
             f"{data.name}: {data.num_train:,} train, {data.num_val:,} val, "
             f"{data.num_test:,} test, {data.num_classes} classes",
         ),
         ("global batch", f"{plan.global_batch_size} (at most {last - first} a rank)"),
-        ("micro-batch", f"{micro} ({len(pieces)} accumulated)"),
+        ("micro-batch", f"{micro} ({len(pieces)} accumulated)" + found_later),
         (
             "steps",
             f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all"
@@ -81,24 +85,3 @@ def describe(config: Config) -> str:
     ]
     lines = [f"*** {text} ***" for text in (data.notice, plan.notice, notice) if text]
     return "\n".join([*lines, *(f"{name:<14} {value}" for name, value in rows)])
-
-
-def estimate_memory(
-    model: nn.Module, image_shape: tuple[int, int, int], micro: int, precision: str, config: Config
-) -> int:
-    """Return the bytes of a training step: parameters, and what autograd keeps of one picture."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.zeros(2, *image_shape)).sum()
-    activations = sum(n for pointer, n in kept.items() if pointer not in weights) / 2
-    activations *= micro * (0.5 if precision != "fp32" else 1.0)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.name]
-    copies = 2 + states + (config.optim.ema_decay is not None)
-    return int(size * copies + activations)

@@ -22,6 +22,7 @@ class Layout:
     world_size: int = 1
     local_world_size: int = 1
     attempt: int = 0  # restarts of this chain so far
+    run_id: str = ""  # of torchrun's rendezvous, the same on all nodes; "": none was given
     chain: str = ""  # one launcher's start; restarts and requeues keep it
     master_addr: str = "127.0.0.1"
     master_port: int = 0
@@ -52,6 +53,7 @@ def detect_layout(env: Mapping[str, str], *, parent: int = 0) -> Layout:
             local_rank=_number(env, "LOCAL_RANK", "0"),
             world_size=world_size,
             local_world_size=_number(env, "LOCAL_WORLD_SIZE", str(world_size)),
+            run_id=env.get("TORCHELASTIC_RUN_ID", "").removesuffix("none"),
             attempt=attempt + _number(env, "SLURM_RESTART_COUNT", "0"),
             chain=env.get("DIST_TRAIN_CHAIN")
             or env.get("SLURM_JOB_ID")

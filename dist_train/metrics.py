@@ -1,10 +1,13 @@
 """Sums of a run's numbers: kept on the device, reduced over the ranks once an interval.
 
-The stop flags of all ranks and rank 0's next interval ride in the same packed reduction.
+The stop flags of all ranks, rank 0's next interval and its wish to save ride in the same packed
+reduction.
 """
 
 import math
+import statistics
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +17,8 @@ from dist_train.distributed import Ranks
 from dist_train.plan import Plan
 from dist_train.progress import Progress
 
+WATCHED_LINES = 20  # of which the median is what is usual
+WATCHED_FROM = 5
 AGREE_EVERY_SEC = 0.5  # how long a stop request may wait for the next reduction
 
 
@@ -36,6 +41,7 @@ class Meter:
         self._sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.totals = Totals()
         self._interval = 1
+        self.save_agreed = False  # at the last meeting
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -53,24 +59,26 @@ class Meter:
             self._last_meeting + self._interval, self._plan.next_event(self._last_meeting)
         )
 
-    def meet(self, progress: Progress, *, stopping: bool) -> bool:
+    def meet(self, progress: Progress, *, stopping: bool, save_wanted: bool = False) -> bool:
         """Add up the sums of all ranks; returns whether any wants to stop. Collective, waits.
 
         Args:
             progress: counters; its training time is brought up to date.
             stopping: whether this rank was asked to stop.
+            save_wanted: whether rank 0 asks for a save here; all find it in `save_agreed`.
         """
         step, sec = progress.step, self._clock.elapsed()
         progress.train_sec += sec
         per_step = max(1e-9, sec / max(1, step - self._last_meeting))
         wish = max(1, min(self._plan.log_every, int(AGREE_EVERY_SEC / per_step)))
+        first = self._ranks.rank == 0
         flags = torch.tensor(
-            [float(stopping), float(wish if self._ranks.rank == 0 else 0)],
+            [float(stopping), float(wish if first else 0), float(save_wanted and first)],
             dtype=torch.float64,
             pin_memory=self._ranks.device.type == "cuda",
         )
         packed = torch.cat([self._sums, flags.to(self._ranks.device, non_blocking=True)])
-        loss, correct, samples, stops, interval = self._ranks.all_reduce(packed).tolist()
+        loss, correct, samples, stops, interval, saves = self._ranks.all_reduce(packed).tolist()
         self._sums.zero_()
         self.totals = Totals(
             loss=self.totals.loss + loss,
@@ -78,6 +86,7 @@ class Meter:
             samples=self.totals.samples + samples,
         )
         self._interval = int(interval)
+        self.save_agreed = saves > 0
         self._last_meeting = step
         self._clock = _Clock()
         return stops > 0
@@ -114,8 +123,30 @@ class Meter:
         return asdict(self.totals)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up the sums of the steps before a resume."""
+        """Take up the sums of the steps before a resume; forget those of steps taken back."""
         self.totals = Totals(**state)
+        self._sums.zero_()
+
+
+class LossWatch:
+    """Notices a mean loss that jumps far above those before it. Works on rank 0's lines."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._recent: deque[float] = deque(maxlen=WATCHED_LINES)
+
+    def add(self, loss: float) -> str | None:
+        """Take the next line's loss; returns what to report, or None."""
+        usual = statistics.median(self._recent) if len(self._recent) >= WATCHED_FROM else None
+        if math.isfinite(loss):
+            self._recent.append(loss)
+        if usual is None or loss <= self._factor * usual:
+            return None
+        return f"the loss jumped to {loss:.4g}, from about {usual:.4g} before"
+
+    def clear(self) -> None:
+        """Forget the losses: the run went back."""
+        self._recent.clear()
 
 
 class _Clock:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import OptimConfig
+from dist_train.config import Config, OptimConfig
 from dist_train.plan import Plan
 
 ONE_CYCLE_START = 1 / 25  # of the peak; Smith & Topin 2018, arXiv:1708.07120
@@ -42,6 +42,12 @@ def learning_rate(step: int, config: OptimConfig, plan: Plan) -> float:
     return _half_cosine(peak, final, progress)
 
 
+def learning_rate_in_force(step: int, generation: int, config: Config, plan: Plan) -> float:
+    """Return the learning rate of `step`, lowered once for each time that the run went back."""
+    factor = config.guards.rollback_lr_factor**generation
+    return factor * learning_rate(step, config.optim, plan)
+
+
 def _progress(step: int, warmup: int, total: int) -> float:
     return min(1.0, (step - warmup) / max(1, total - warmup))
 
@@ -51,7 +57,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the fused optimizer, its momentum already zeros.
+    """Make the fused optimizer, its state already zeros: a step allocates nothing.
 
     A fused SGD whose very first step is skipped would take uninitialised memory as momentum.
     """
@@ -64,7 +70,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        for param in params:
+            adamw.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+        return adamw
     optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )

@@ -58,6 +58,15 @@ def micro_batches(num_samples: int, micro_batch_size: int | None) -> list[tuple[
     return [share(num_samples, i, pieces) for i in range(max(1, pieces))]
 
 
+def shards(total: int, rank: int, world_size: int, num_shards: int) -> list[tuple[int, int]]:
+    """Return the [first, last) positions of the shards of `rank`: num_shards / world_size of them.
+
+    The cut of `total` into shards is the same for any number of ranks that divides num_shards.
+    """
+    each = num_shards // world_size
+    return [share(total, shard, num_shards) for shard in range(rank * each, (rank + 1) * each)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShare:
     """A rank's part of one global batch."""
@@ -89,6 +98,7 @@ class GlobalOrderSampler(DistributedSampler):
         seed: int,
         generation: int = 0,
         drop_last: bool = True,
+        num_shards: int | None = None,
     ) -> None:
         super().__init__(
             range(num_samples),  # type: ignore[arg-type] # only its length is used
@@ -101,6 +111,7 @@ class GlobalOrderSampler(DistributedSampler):
         self.dataset_size = num_samples
         self.global_batch_size = global_batch_size
         self.generation = generation
+        self.num_shards = num_shards
         self.steps_per_epoch = steps_per_epoch(num_samples, global_batch_size, drop_last=drop_last)
         self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
@@ -118,6 +129,9 @@ class GlobalOrderSampler(DistributedSampler):
         start = within * self.global_batch_size
         indices = self.order(epoch)[start : start + self.global_batch_size]
         first, last = share(len(indices), self.rank, self.num_replicas)
+        if self.num_shards is not None:
+            own = shards(len(indices), self.rank, self.num_replicas, self.num_shards)
+            first, last = own[0][0], own[-1][1]
         return StepShare(
             step=step,
             epoch=epoch,

@@ -17,7 +17,7 @@ class Plan:
     warmup_steps: int
     log_every: int
     eval_every: int | None
-    save_every: int
+    save_every: int | None  # None: when the writer says so, by the clock
     notice: str | None = None  # a sentence that the user must see
 
     def eval_due(self, step: int) -> bool:
@@ -27,7 +27,8 @@ class Plan:
 
     def save_due(self, step: int) -> bool:
         """Say whether a checkpoint belongs after `step` steps (the last one included)."""
-        return step > 0 and (step % self.save_every == 0 or step == self.total_steps)
+        periodic = self.save_every is not None and step % self.save_every == 0
+        return step > 0 and (periodic or step == self.total_steps)
 
     def log_due(self, step: int) -> bool:
         """Say whether a line of metrics belongs after `step` steps."""
@@ -35,7 +36,7 @@ class Plan:
 
     def next_event(self, step: int) -> int:
         """Return the next step after `step` at which something is logged, evaluated or saved."""
-        periods = [self.log_every, self.save_every, *([self.eval_every] if self.eval_every else [])]
+        periods = [e for e in (self.log_every, self.save_every, self.eval_every) if e is not None]
         return min(self.total_steps, *((step // every + 1) * every for every in periods))
 
     def epoch(self, step: int) -> float:
@@ -56,6 +57,12 @@ def make_plan(config: Config, num_train: int) -> Plan:
             f"train.global_batch_size={batch} is larger than the training split ({num_train} "
             "samples): lower it, or set train.drop_last=false"
         )
+    rest = num_train % batch
+    if train.order == "fixed" and not train.drop_last and 0 < rest < train.num_shards:
+        raise ConfigError(
+            f"the last step of an epoch has {rest} samples, fewer than train.num_shards (= "
+            f"{train.num_shards}): set train.drop_last=true, or another train.global_batch_size"
+        )
     total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
     warmup = config.optim.warmup_steps
     if warmup is None:
@@ -69,6 +76,7 @@ def make_plan(config: Config, num_train: int) -> Plan:
     every = config.eval.every_steps
     if every is None and config.eval.every_epochs is not None:
         every = config.eval.every_epochs * per_epoch
+    save_every = config.checkpoint.every_steps
     return Plan(
         num_train=num_train,
         global_batch_size=batch,
@@ -77,6 +85,6 @@ def make_plan(config: Config, num_train: int) -> Plan:
         warmup_steps=warmup,
         log_every=config.log_every,
         eval_every=every,
-        save_every=config.checkpoint.every_steps or per_epoch,
+        save_every=None if save_every == "auto" else save_every or per_epoch,
         notice=notice,
     )

@@ -1,20 +1,38 @@
-"""A request to stop, by signal or time limit: it sets a flag; the ranks agree on the step."""
+"""A request to stop, by signal or time limit: it sets a flag; the ranks agree on the step.
+
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 all mean: save and end. Imports no torch, so that `python -m
+dist_train` listens before that import, and train() takes up what was heard.
+"""
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS: tuple[signal.Signals, ...] = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+INTERRUPTS_TO_QUIT = 3  # a person at a keyboard who does not want to wait for the save
+INTERRUPTED = 130  # exit code, as of a shell
 
 
 class StopRequest:
     """Whether this rank was asked to stop, and why."""
 
-    def __init__(self, max_minutes: float | None) -> None:
+    def __init__(self, max_minutes: float | None = None) -> None:
         self._signal: str | None = None
+        self._interrupts = 0
+        self._deadline: float | None = None
+        self.limit(max_minutes)
+
+    def limit(self, max_minutes: float | None) -> None:
+        """Ask for a stop in `max_minutes` from now; None: no limit."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     @property
@@ -26,17 +44,39 @@ class StopRequest:
             return "train.max_minutes is over"
         return None
 
+    @property
+    def asked(self) -> bool:
+        """Whether there is a reason to stop."""
+        return self.reason is not None
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; do nothing else inside a handler."""
-        self._signal = signal.Signals(number).name
+        """Remember the first signal; a repeated one changes nothing, but the third Ctrl-C quits."""
+        self._signal = self._signal or signal.Signals(number).name
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts >= INTERRUPTS_TO_QUIT:
+            os._exit(INTERRUPTED)  # a checkpoint is whole or not there at any moment
+
+    def sleep(self, seconds: float) -> bool:
+        """Sleep so long, or until asked to stop; returns whether it was."""
+        end = time.monotonic() + seconds
+        while not self.asked and (left := end - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))  # a handler that returns does not end a sleep
+        return self.asked
 
 
 @contextlib.contextmanager
-def listen_for_stop(max_minutes: float | None) -> Iterator[StopRequest]:
-    """Listen for SIGTERM, SIGINT and the time limit; the old handlers come back at the end.
+def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
+    """Listen for the signals and the time limit; the old handlers come back at the end.
 
-    Outside the main thread (some notebooks) Python allows no handlers: only the time limit works.
+    Inside another listening it is that one's request that is returned: what was heard before
+    counts. Outside the main thread (some notebooks) Python allows no handlers: only the time
+    limit works.
     """
+    earlier = heard()
+    if earlier is not None:
+        earlier.limit(max_minutes)
+        yield earlier
+        return
     stop = StopRequest(max_minutes)
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -47,3 +87,15 @@ def listen_for_stop(max_minutes: float | None) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heard() -> StopRequest | None:
+    """Return the request that this process's handlers belong to, if they are ours."""
+    owner = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
+    return owner if isinstance(owner, StopRequest) else None
+
+
+def stop_reason() -> str | None:
+    """Return why this process was asked to stop, or None."""
+    stop = heard()
+    return None if stop is None else stop.reason

@@ -1,48 +1,44 @@
 """A torch.profiler trace of chosen steps on chosen ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dist_train.config import ProfileConfig
-from dist_train.data.batch import Batch
 from dist_train.distributed import Ranks
 
 
-def profiled(
-    batches: Iterator[Batch], config: ProfileConfig, folder: Path, ranks: Ranks, first_step: int
-) -> Iterator[Batch]:
-    """Pass `batches` on; steps [first, last) of config.steps are traced, loading included.
+def traced(
+    steps: Iterable[int], config: ProfileConfig, folder: Path, ranks: Ranks
+) -> Iterator[int]:
+    """Pass `steps` on; those in [first, last) of config.steps are traced, loading included.
 
     Writes folder/profile/rank<r>_steps_<first>_<last>.json for chrome://tracing or Perfetto.
     """
     if config.steps is None or ranks.rank not in config.ranks:
-        yield from batches
+        yield from steps
         return
     first, last = config.steps
     activities = [ProfilerActivity.CPU]
     if ranks.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     tracer: profile | None = None
-    step = first_step
+    end = first
     try:
-        while True:
+        for step in steps:
             if tracer is None and first <= step < last:
                 tracer = profile(activities=activities, record_shapes=True)
                 tracer.start()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-            step += 1
-            if tracer is not None and step >= last:
+            yield step
+            end = step + 1
+            if tracer is not None and end >= last:
                 _write(tracer, folder, ranks, first, last)
                 tracer = None
     finally:
         if tracer is not None:
-            _write(tracer, folder, ranks, first, step)
+            _write(tracer, folder, ranks, first, end)
 
 
 def _write(tracer: profile, folder: Path, ranks: Ranks, first: int, last: int) -> None:

@@ -1,191 +1,256 @@
-"""Steps whose gradients are not finite: skipped by all ranks together, and told where they began.
+"""One rank's failure in the middle of a step, taken back by all ranks together.
 
-The norm that decides is that of the reduced gradients, so it is equal on all ranks and agreeing
-costs nothing.
+A rank that runs out of memory, raises or computes a NaN contributes NaN to the sum of gradients.
+The norm of the sum is then not finite on any rank, so all of them come here, tell each other what
+happened and decide alike: repeat the step in smaller pieces, skip it, or fail with the same cause.
 """
 
-import math
+import gc
+import traceback
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_train.config import GuardConfig
-from dist_train.distributed import Ranks
+from dist_train.config import Config, ConfigError
+from dist_train.memory import is_out_of_memory, memory_in_use
+from dist_train.nonfinite import NonFiniteGuard
+from dist_train.parallel import Replica
+
+Verdict = Literal["apply", "retry", "skip"]
+
+# Errors after which this process can do nothing more with its device.
+STICKY = ("device-side assert", "illegal memory access", "launch failure", "uncorrectable ECC")
+OF_THE_GROUP = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset")
 
 
-class NonFiniteError(RuntimeError):
-    """Training diverged: too many steps in a row had a gradient norm that is not finite."""
+class StepFailedError(RuntimeError):
+    """A step failed for good on some rank; raised on all of them, with the first cause's trace."""
 
-    exit_code = 93  # the same steps would diverge again
+    exit_code = 1
+
+    def __init__(self, text: str, *, rank: int = 0, cause: str = "", trace: str = "") -> None:
+        super().__init__(text)
+        self.rank, self.cause, self.trace = rank, cause, trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the cause when it is sent to another process."""
+        return _remade, (str(self), self.rank, self.cause, self.trace)
 
 
-class NonFiniteGuard:
-    """Applies an optimizer step, or takes it back when the gradient norm is not finite.
+class RollBack(Exception):  # noqa: N818 # a request, raised on all ranks together
+    """Go back to the last good checkpoint; with `new_order` never the same way again."""
 
-    lag=0 reads the norm at once: one wait for the device a step. lag=1 lets the fused optimizer
-    skip on the device and reads its flag a step later, through pinned memory.
-    """
+    def __init__(self, reason: str, *, new_order: bool) -> None:
+        super().__init__(reason)
+        self.new_order = new_order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What went wrong on a rank; strings, to be sent to the others."""
+
+    rank: int
+    kind: Literal["memory", "mistake", "error"]
+    text: str
+    trace: str = ""
+    memory: str = ""
+
+
+class Recovery:
+    """Decides, equally on all ranks, what becomes of a step; holds the micro-batch in force."""
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
-        config: GuardConfig,
-        device: torch.device,
+        config: Config,
+        replica: Replica,
+        guard: NonFiniteGuard,
+        *,
+        remember: Callable[[int], None],
     ) -> None:
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._config = config
-        self._buffers = [b for b in module.buffers() if b.numel() > 0]
-        self._snapshot = [b.detach().clone() for b in self._buffers]
-        self._pinned = device.type == "cuda"
-        self._unread: tuple[int, Tensor, Any] | None = None  # step, host flag, its event
-        self._skipped: list[int] = []
-        self.skip_flag: Tensor | None = None  # lag=1: 0-d on the device, 1.0 if to be skipped
-        self.consecutive = 0
-
-    def before_step(self) -> None:
-        """Remember the buffers: a forward that is not finite spoils running statistics."""
-        if self._buffers:  # one kernel for all of them
-            torch._foreach_copy_(self._snapshot, self._buffers)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
-
-    @torch.no_grad()
-    def approves(self, grad_norm: Tensor, step: int) -> bool:
-        """Say whether to call the optimizer; follow with `after_step`. Waits unless lag=1.
-
-        With lag=1 the answer is always yes: the fused kernel itself does nothing if the norm is
-        not finite, and what came of it is known a step later.
+        """Begin with the configured micro-batch.
 
         Args:
-            grad_norm: 0-d, of the reduced gradients: equal on all ranks.
-            step: the step at hand.
+            config: of the run.
+            replica: whose steps these are.
+            guard: which reads the norms.
+            remember: called with the micro-batch that a restart should begin with, on a rank
+                that is short of memory where the step cannot be repeated.
         """
-        if self._config.lag == 0:
-            finite = math.isfinite(grad_norm.item())  # the one wait of the step
-            self._count(step, finite)
+        size = config.train.micro_batch_size
+        self.micro_batch_size = None if size == "auto" else size
+        self.events: list[dict[str, Any]] = []  # for rank 0 to record; the same on all ranks
+        self._config = config
+        self._replica = replica
+        self._guard = guard
+        self._remember = remember
+        self._failures: dict[int, Failure] = {}  # this rank's, by step, until it is agreed on
+        self._repeated = -1  # fixed order: the step that had its second try
+
+    def contain(self, error: Exception) -> Failure:
+        """Turn an exception in a step into this rank's part of the agreement, or raise it again.
+
+        It is raised where the peers cannot be reached through the gradients: a broken process
+        group, a device that accepts no more work, collectives inside the model.
+        """
+        text = f"{type(error).__name__}: {error}"
+        of_group = isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in OF_THE_GROUP)
+        )
+        out_of_reach = not self._replica.recoverable or self._replica.gradients.all_sent
+        if of_group or out_of_reach or any(word in text for word in STICKY):
+            if is_out_of_memory(error) and self._replica.form != "fixed":
+                self._remember((self._largest() + 1) // 2)
+            raise error
+        kind = "mistake" if isinstance(error, ConfigError) else "error"
+        if is_out_of_memory(error):
+            kind = "memory"
+        failure = Failure(
+            rank=self._replica.ranks.rank,
+            kind=kind,
+            text=str(error) if kind == "mistake" else text,
+            trace="".join(traceback.format_exception(error)),
+            memory=memory_in_use(self._replica.ranks.device) if kind == "memory" else "",
+        )
+        error.__traceback__ = None  # its frames hold the activations
+        return failure
+
+    def decide(self, grad_norm: Tensor, failure: Failure | None, step: int) -> Verdict:
+        """Say what to do with the step: the same on all ranks. Collective if anything is wrong.
+
+        Waits for the device unless guards.lag=1: then the verdict on a step is read a step later,
+        when it cannot be repeated any more; the fused optimizer has skipped it on the device.
+
+        Raises:
+            StepFailedError: it failed for good on some rank.
+            ConfigError: the user's mistake on some rank, found in the step.
+        """
+        if failure is not None:
+            self._failures[step] = failure
+            grad_norm = torch.full_like(grad_norm, torch.nan)
+        verdict: Verdict = "apply"
+        for at, finite in self._guard.read(grad_norm, step):
+            verdict = "apply" if finite else self._agree(at, current=at == step)
+        return "apply" if self._config.guards.lag else verdict
+
+    def fail(self, failure: Failure | None, doing: str) -> NoReturn:
+        """Fail on all ranks because some rank failed outside a step. Collective.
+
+        Args:
+            failure: this rank's, if it is the one.
+            doing: what it was, after "failed".
+        """
+        found = [f for f in self._replica.ranks.gather(failure) if f]
+        first = found[0]
+        if first.kind == "mistake":
+            raise ConfigError(first.text)
+        raise _failed(first, f"rank {first.rank} failed {doing}: {first.text}")
+
+    def settle(self) -> None:
+        """Read what guards.lag=1 left open, at a boundary. Collective."""
+        for at, finite in self._guard.settle():
             if not finite:
-                self.restore_buffers()
-            return finite
-        self._settle()
-        self.skip_flag = (~torch.isfinite(grad_norm)).to(torch.float32)
-        self.restore_buffers(self.skip_flag)
-        flag = torch.empty((), dtype=torch.float32, pin_memory=self._pinned)
-        flag.copy_(self.skip_flag, non_blocking=True)
-        event = torch.cuda.Event() if self._pinned else None
-        if event is not None:
-            event.record()
-        self._unread = (step, flag, event)
-        if self._scaler is None:  # what GradScaler does for fused optimizers
-            self._optimizer.found_inf = self.skip_flag  # type: ignore[attr-defined] # they read it
-        return True
+                self._agree(at, current=False)
 
-    def after_step(self) -> None:
-        """Tidy up after the optimizer was called, or not."""
-        if self._scaler is not None:
-            self._scaler.update()
-        elif self.skip_flag is not None:
-            del self._optimizer.found_inf  # type: ignore[attr-defined] # set in approves
+    def trial(self, failure: Failure | None, step: int) -> bool:
+        """Say whether a trial of the step, before training, is to be repeated. Collective.
 
-    def take_skipped(self, *, settle: bool = False) -> list[int]:
-        """Return the steps found skipped since the last call; `settle` reads the open flag too."""
-        if settle:
-            self._settle()
-        skipped, self._skipped = self._skipped, []
-        return skipped
+        Raises:
+            StepFailedError, ConfigError: it failed for good on some rank.
+        """
+        if not self._replica.ranks.any(failure is not None):
+            return False
+        if failure is not None:
+            self._failures[step] = failure
+        return self._agree(step, current=True) == "retry"
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether too many steps in a row were skipped; equal on all ranks."""
-        return self.consecutive > self._config.max_consecutive
+    def take_events(self) -> list[dict[str, Any]]:
+        """Return what happened since the last call, to be recorded."""
+        events, self.events = self.events, []
+        return events
 
-    def restore_buffers(self, bad: Tensor | None = None) -> None:
-        """Put the buffers of before_step back; with `bad` (0-d), only where it is above 0."""
-        for buffer, before in zip(self._buffers, self._snapshot, strict=True):
-            if bad is None:
-                buffer.copy_(before)
-            else:
-                torch.where(bad > 0, before, buffer, out=buffer)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the micro-batch in force, and the one that the run was started with."""
+        return {
+            "in_force": self.micro_batch_size,
+            "asked": self._config.train.micro_batch_size,
+        }
 
-    def _settle(self) -> None:
-        """Read the flag that lag=1 left open."""
-        if self._unread is None:
-            return
-        step, flag, event = self._unread
-        self._unread = None
-        if event is not None:
-            event.synchronize()  # recorded a whole step ago: passed unless the device is behind
-        self._count(step, flag.item() == 0.0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the micro-batch in force, unless the command now asks for another one."""
+        if state["asked"] == self._config.train.micro_batch_size:
+            self.micro_batch_size = state["in_force"]
 
-    def _count(self, step: int, finite: bool) -> None:
-        self.consecutive = 0 if finite else self.consecutive + 1
-        if not finite:
-            self._skipped.append(step)
+    def _agree(self, step: int, *, current: bool) -> Verdict:
+        """Tell all ranks what went wrong on each, and draw the same conclusion. Collective."""
+        found = [f for f in self._replica.ranks.gather(self._failures.pop(step, None)) if f]
+        if current:
+            self._replica.buffers.restore()
+            self._replica.gradients.give_up()
+        worst = next((f for f in found if f.kind != "memory"), None)
+        if worst is not None and worst.kind == "mistake":
+            raise ConfigError(worst.text)
+        if worst is not None:
+            raise _failed(worst, f"rank {worst.rank} failed at step {step}: {worst.text}")
+        if found:
+            return self._repeat_smaller(found, step, current=current)
+        self.events.append(
+            {"event": "skipped_step", "step": step, "reason": "gradient norm is not finite"}
+        )
+        return "skip"
+
+    def _repeat_smaller(self, found: list[Failure], step: int, *, current: bool) -> Verdict:
+        first, ranks, now = found[0], self._replica.ranks, self._largest()
+        where = f"rank {first.rank} ran out of memory at step {step}"
+        self._guard.take_back()
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        event = {
+            "event": "out_of_memory",
+            "step": step,
+            "ranks": [f.rank for f in found],
+            "reason": first.text,
+            "memory": first.memory,
+        }
+        if self._replica.form == "fixed":
+            shards = self._config.train.num_shards
+            if self._repeated == step:
+                raise _failed(
+                    first,
+                    f"{where}, also in the second try: in fixed order a shard is what is computed "
+                    f"at once: raise train.num_shards (= {shards}), which is another run, or "
+                    "lower train.global_batch_size",
+                )
+            self._repeated = step
+            self.events.append(event | {"say": f"{where}: the step is repeated"})
+            return "retry"
+        if now <= 1 or not current:
+            if now > 1:
+                self._remember((now + 1) // 2)
+            cure = (
+                "even with one sample at a time: use a smaller model or smaller pictures"
+                if now <= 1
+                else f"with guards.lag=1, where a step cannot be repeated: set guards.lag=0, or "
+                f"train.micro_batch_size={(now + 1) // 2}"
+            )
+            raise _failed(first, f"{where}, {cure} ({first.text})")
+        self.micro_batch_size = (now + 1) // 2
+        say = f"{where}: micro-batch {now} -> {self.micro_batch_size} on all, the step is repeated"
+        self.events.append(event | {"say": say, "from": now, "to": self.micro_batch_size})
+        return "retry"
+
+    def _largest(self) -> int:
+        """Return the largest micro-batch in force: equal on all ranks."""
+        whole = -(-self._config.train.global_batch_size // self._replica.ranks.world_size)
+        return min(self.micro_batch_size or whole, whole)
 
 
-def diverged(
-    ranks: Ranks,
-    module: nn.Module,
-    loss_of_batch: Callable[[], Tensor],
-    step: int,
-    consecutive: int,
-) -> NonFiniteError:
-    """Run the batch again with hooks on every rank and say where it stops being finite. Collective.
-
-    Args:
-        ranks: the ranks.
-        module: the bare model.
-        loss_of_batch: forwards this rank's batch through `module` and returns its loss, 0-d.
-        step: the last step that was skipped.
-        consecutive: how many were, in a row.
-    """
-    found = ranks.gather(first_non_finite(module, loss_of_batch))
-    places = [f"rank {rank}: {place}" for rank, place in enumerate(found) if place is not None]
-    where = places[0] if places else "no rank could repeat it on its own batch"
-    return NonFiniteError(
-        f"the gradient norm was not finite at step {step}, {consecutive} steps in a row; "
-        f"{where}. Lower optim.lr, set optim.clip_norm, check the data of this step, or raise "
-        "guards.max_consecutive"
-    )
+def _failed(failure: Failure, text: str) -> StepFailedError:
+    return StepFailedError(text, rank=failure.rank, cause=failure.text, trace=failure.trace)
 
 
-def first_non_finite(module: nn.Module, loss_of_batch: Callable[[], Tensor]) -> str | None:
-    """Return the first place of a forward and backward that is not finite, or None."""
-    places: list[str] = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def look(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if places:
-                return
-            for tensor in inputs:
-                if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                    places.append(f"the input of layer {name!r}")
-                    return
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                places.append(f"the output of layer {name!r}")
-
-        return look
-
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"the weights {name!r}"
-    layers = [(n, m) for n, m in module.named_modules() if not list(m.children())]
-    handles = [layer.register_forward_hook(hook(name or "model")) for name, layer in layers]
-    try:
-        loss = loss_of_batch()
-        if places:
-            return f"{places[0]} is not finite"
-        if not torch.isfinite(loss):
-            return "the loss is not finite although every layer's output is"
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-        # Backward runs from the last layer to the first: the last bad one is where it began.
-        for (name, _), grad in reversed(list(zip(named, grads, strict=True))):
-            if grad is not None and not torch.isfinite(grad).all():
-                return f"the gradient of {name!r} is not finite"
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+def _remade(text: str, rank: int, cause: str, trace: str) -> StepFailedError:
+    return StepFailedError(text, rank=rank, cause=cause, trace=trace)

@@ -4,30 +4,27 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_train.checkpoint import (
-    CheckpointWriter,
-    load_state,
-    newest_good,
-    read_verified,
-)
+from dist_train.attribution import Culprit
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import length_of
-from dist_train.data.loaders import Data
+from dist_train.config.redact import redact
 from dist_train.distributed import Ranks
-from dist_train.metrics import Meter
-from dist_train.optim import learning_rate
+from dist_train.failure import ChainNotes
+from dist_train.metrics import LossWatch, Meter
+from dist_train.optim import learning_rate_in_force
 from dist_train.plan import Plan
 from dist_train.progress import Progress
 from dist_train.run_folder import RunFolder, cpu_name
+from dist_train.saved_states import SavedStates, bytes_of
+from dist_train.saves import Saves
 from dist_train.state import Parts, capture, check_facts, restore, run_facts
-from dist_train.summary import make_summary, table
 from dist_train.tracking import Trackers, open_trackers
 
 
@@ -40,23 +37,33 @@ class Run:
         self.path = folder.path
         self.ranks = ranks
         self.finished: dict[str, Any] | None = None
-        self._facts: dict[str, Any] = {}
-        self._bytes = b""  # of the checkpoint found, on rank 0, until it is handed out
-        self._progress: Progress | None = None
-        self._writer: CheckpointWriter | None = None  # on rank 0
+        self.chain = ChainNotes(folder.path, ranks, None)  # of restarts: what it remembers
+        self.facts: dict[str, Any] = {}
+        self.progress: Progress | None = None
+        self.saves: Saves | None = None  # on rank 0
+        self.earlier: tuple[int, float] = (
+            0,
+            0.0,
+        )  # attempts that died, and how long they lasted together
         self._trackers = Trackers()
         self._started = time.monotonic()
+        self.states = SavedStates(config.resume, folder, ranks, self.warn)
+        self.losses = LossWatch(config.guards.loss_spike)
+        self._returns: Counter[int] = Counter()  # to each step, of this attempt
+        self.blamed = ""  # where the last skipped step stopped being finite
 
     def say(self, text: str) -> None:
         """Show a line on rank 0's console and keep it in log/rank0.txt."""
         if self.ranks.rank != 0:
             return
+        text = redact(text)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with (self.path / "log" / "rank0.txt").open("a") as log:
-            log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+        for line in text.splitlines():
+            self.folder.log.append(f"{stamp} {line}")
         if self._trackers.is_open:
             self._trackers.message(text)
-        else:
+            return
+        with contextlib.suppress(OSError):  # it may be a file on a full disk; the log has the line
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
@@ -70,28 +77,27 @@ class Run:
 
         The run's own checkpoints win over resume=PATH: a restart continues, it does not start
         over. Rank 0 reads and verifies; the others get its bytes, so no shared disk is needed.
+        May be called again in the same process, for a rollback; a save under way is waited for.
 
         Raises:
             ConfigError: no checkpoint is good, or it does not belong to this run.
         """
-        self._facts = run_facts(parts, data, cpu_name())
-        found = self.ranks.from_first(self._find_checkpoint)
+        self.facts = redact(run_facts(parts, data, cpu_name()))
+        found = self.states.newest()
         if found is None:
-            self._progress = Progress(patience=self.config.train.early_stop_patience)
-            self._check_space(parts)
-            self._begin(self._progress)
-            return self._progress
-        data_bytes = self._bytes if self.ranks.rank == 0 else None
-        state = load_state(self.ranks.broadcast_bytes(data_bytes))
-        self._bytes = b""
+            self.progress = Progress(patience=self.config.train.early_stop_patience)
+            self._begin(parts, self.progress)
+            self.states.keep_start(capture(parts, self.progress, meter, self.facts))
+            return self.progress
+        origin, state = found
 
         def take_up() -> tuple[Progress, list[str]]:
-            warnings = check_facts(state["facts"], self._facts, found)
-            return restore(state, parts, meter, found), warnings
+            warnings = check_facts(state["facts"], self.facts, origin)
+            return restore(state, parts, meter, origin), warnings
 
         progress, warnings = self.ranks.together(take_up)
         progress.patience = self.config.train.early_stop_patience
-        if Path(found).parent != self.folder.checkpoints:
+        if Path(origin).parent != self.folder.checkpoints:
             progress.begin_elsewhere()
         if progress.step > parts.plan.total_steps:
             raise ConfigError(
@@ -99,12 +105,11 @@ class Run:
                 f"{parts.plan.total_steps} steps of {length_of(self.config)}: ask for more, or "
                 "use another run_dir"
             )
-        self._progress = progress
-        self._check_space(parts)
-        self._begin(progress)
+        self.progress = progress
+        self._begin(parts, progress)
         self.warn(*warnings)
-        self.say(f"resumed from {found} at step {progress.step}")
-        self.folder.event("resumed", step=progress.step, checkpoint=found, warnings=warnings)
+        self.say(f"resumed from {origin} at step {progress.step}")
+        self.folder.event("resumed", step=progress.step, checkpoint=origin, warnings=warnings)
         if progress.patience_is_over:
             self.warn(
                 f"this run was stopped early at step {progress.step} and does not go on: to train "
@@ -113,38 +118,24 @@ class Run:
             )
         return progress
 
-    def _begin(self, progress: Progress) -> None:
+    def _begin(self, parts: Parts, progress: Progress) -> None:
+        size = bytes_of(capture(parts, Progress(), None, {}))
+        keep = self.config.checkpoint.keep_last
+        self.ranks.from_first(lambda: self.folder.check_space(size, keep))
         self.folder.write_start(self.config)
         self.folder.set_status("running", step=progress.step)
 
-    def _find_checkpoint(self) -> str | None:
-        best = newest_good(self.folder.checkpoints, self.warn)
-        if best is None and self.config.resume not in ("auto", "never"):
-            path = Path(self.config.resume)
-            best = (path, read_verified(path))
-        if best is None:
-            return None
-        self._bytes = best[1]
-        return str(best[0])
+    def set_aside_after(self, step: int) -> None:
+        """Take the checkpoints after `step` out of what a resume may find. Not collective.
 
-    def _check_space(self, parts: Parts) -> None:
-        """Refuse a disk on which the checkpoints to come cannot fit. Collective."""
-        state = capture(parts, Progress(), None, {})
-        size = sum(t.numel() * t.element_size() for t in _tensors(state))
-        keep = self.config.checkpoint.keep_last
-        self.ranks.from_first(lambda: self.folder.check_space(size, keep))
+        For a rollback to `step`, before `resume`: what was saved later came from a run gone wrong.
+        """
+        if self.saves is not None:
+            self.saves.set_aside_after(step)
 
     def load_best(self, parts: Parts, progress: Progress) -> None:
         """Load the weights of the best validation accuracy. Collective."""
-        path = self.folder.checkpoints / f"step_{progress.best_step:08d}"
-
-        def read() -> bytes:
-            if self._writer is not None:
-                self._writer.wait()  # the best may be the one being written
-            return read_verified(path)
-
-        data = self.ranks.from_first(read)
-        state = load_state(data)
+        state = self.states.of_step(progress.best_step or 0)
         parts.replica.module.load_state_dict(state["model"])
         if parts.ema is not None and state["ema"] is not None:
             parts.ema.load_state_dict(state["ema"])
@@ -154,15 +145,18 @@ class Run:
         """Open the checkpoint writer on rank 0; it is closed with `stack`."""
         if self.ranks.rank != 0:
             return
-        self._writer = CheckpointWriter(
-            self.folder.checkpoints,
-            keep_last=self.config.checkpoint.keep_last,
-            on_saved=lambda step: self.folder.event("saved", step=step),
-            on_error=self._save_failed,
+        self.saves = Saves(
+            self.config.checkpoint,
+            self.folder,
+            num_ranks=self.ranks.world_size,
+            earlier=self.earlier,
+            say=self.say,
+            warn=self.warn,
         )
-        stack.callback(self._writer.close)
+        self.states.wait = self.saves.wait
+        stack.callback(self.saves.close)
 
-    def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> Trackers:
+    def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> None:
         """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""
         if self.ranks.rank == 0:
             opened = self.ranks.together(
@@ -187,7 +181,42 @@ class Run:
             self._trackers.close(exit_code=code)
 
         stack.push(close)
-        return self._trackers
+
+    def went_back_to(self, step: int) -> int:
+        """Count a return to `step`; returns how many there were."""
+        self._returns[step] += 1
+        return self._returns[step]
+
+    def rewind(self, progress: Progress, plan: Plan) -> None:
+        """Let the trackers forget what came after `progress`: the run went back."""
+        evaluated = progress.evaluated_step == progress.step or not plan.eval_due(progress.step)
+        self._trackers.rewind(progress.step, evaluated=evaluated)
+        self.progress = progress
+        self.losses.clear()
+        if self.ranks.rank == 0:
+            self.folder.set_status("running", step=progress.step)
+
+    def log(self, progress: Progress, plan: Plan, line: dict[str, float]) -> None:
+        """Write one line of the training's numbers; a jump of the loss is reported."""
+        self._trackers.log(self.stamp(progress, plan) | line)
+        spike = self.losses.add(line["train/loss"])
+        if spike is not None:
+            self.warn(f"step {progress.step}: {spike}")
+            self.folder.event("loss_spike", step=progress.step, reason=spike)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Record an event: `event`, `step` and whatever else; what it has to `say` is shown."""
+        details = {k: v for k, v in event.items() if k not in ("event", "step", "say")}
+        if event.get("say"):
+            self.warn(event["say"])
+        self.folder.event(event["event"], step=event["step"], **details)
+
+    def note_culprits(self, step: int, culprits: list[Culprit]) -> None:
+        """Record where a step stopped being finite."""
+        told = [str(culprit) for culprit in culprits] or ["no rank could repeat it by itself"]
+        self.blamed = "; ".join(told)
+        self.warn(f"step {step} was skipped, its gradient is not finite: {self.blamed}")
+        self.folder.event("not_finite", step=step, culprits=told)
 
     def stamp(self, progress: Progress, plan: Plan) -> dict[str, Any]:
         """Return what every line of metrics begins with."""
@@ -196,7 +225,9 @@ class Run:
             "attempt": self.ranks.attempt,
             "time": time.time(),
             "epoch": round(plan.epoch(progress.step), 4),
-            "train/learning_rate": learning_rate(progress.step - 1, self.config.optim, plan),
+            "train/learning_rate": learning_rate_in_force(
+                progress.step - 1, progress.generation, self.config, plan
+            ),
         }
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
         if self.ranks.device.type == "cuda":
@@ -210,77 +241,38 @@ class Run:
         named = {f"eval/{name}": value for name, value in result.items()}
         self._trackers.log(self.stamp(progress, plan) | {"eval/split": split} | named)
 
-    def save(self, parts: Parts, progress: Progress, meter: Meter) -> None:
-        """Save this step on rank 0 in the background. Not collective."""
-        if self._writer is None:
+    def wants_save(self) -> bool:
+        """Say whether rank 0 asks for a save at this boundary; tells what its thread met.
+
+        Not collective: the other ranks learn of it in the packed reduction.
+        """
+        if self.saves is None:
+            return False
+        self.warn(*self.folder.take_news(), *self._trackers.take_news())
+        return self.saves.wanted(self.progress.step if self.progress else 0)
+
+    def save(self, parts: Parts, progress: Progress, meter: Meter, *, must: bool = True) -> None:
+        """Save this step on rank 0 in the background. Not collective.
+
+        Args:
+            parts: what is saved.
+            progress: its counters.
+            meter: the sums since the last line.
+            must: wait for a save that is still under way; otherwise this one is put off until
+                that is over, and `wants_save` asks for it.
+        """
+        if self.saves is None:
             return
-        progress.wall_sec += self._lap()
+        progress.wall_sec += self.lap()
         self.folder.set_status("running", step=progress.step)
         best = progress.best_step if self.config.checkpoint.keep_best else None
-        self._writer.save(
-            capture(parts, progress, meter, self._facts), step=progress.step, best_step=best
-        )
+        if self.saves.any_saved:
+            self.states.drop_start()
+        state = capture(parts, progress, meter, self.facts)
+        self.saves.save(state, step=progress.step, best_step=best, must=must)
 
-    def end_preempted(self, progress: Progress, reasons: list[str | None]) -> dict[str, Any]:
-        """Record that the run was stopped and saved. Not collective."""
-        rank, reason = next((r, text) for r, text in enumerate(reasons) if text is not None)
-        if self._writer is not None and not self._writer.wait():
-            raise OSError("the run was asked to stop, and its last checkpoint could not be saved")
-        why = f"{reason} on rank {rank}"
-        self.folder.event("preempted", step=progress.step, reason=why)
-        self.folder.set_status("preempted", step=progress.step, exit_code=0, reason=why)
-        self.say(f"stopped at step {progress.step} ({why}) and saved: the same command continues")
-        return {"state": "preempted", "steps": progress.step, "run_dir": str(self.path)}
-
-    def end_finished(
-        self,
-        parts: Parts,
-        progress: Progress,
-        data: Data,
-        result: dict[str, float],
-    ) -> dict[str, Any]:
-        """Write the summary, print its table and record that the run is over. Not collective."""
-        if self._writer is not None and not self._writer.wait():
-            self.warn("the last checkpoint is missing; the summary stands")
-        progress.wall_sec += self._lap()
-        if parts.ema is not None:
-            parts.ema.swap()  # the average is what was evaluated
-        summary = make_summary(parts, progress, data, result, self._facts["device"], self.ranks)
-        summary["run_dir"] = str(self.path)
-        self.folder.write_summary(summary)
-        self.folder.event("finished", step=progress.step)
-        self.folder.set_status("finished", step=progress.step, exit_code=0)
-        self.say(table(summary))
-        return summary
-
-    def failed(self, error: BaseException) -> None:
-        """Record why this attempt failed; the first rank to do so is believed."""
-        now = self.folder.read_status()
-        mine = (now.get("chain"), now.get("attempt")) == (self.ranks.chain, self.ranks.attempt)
-        if (now.get("state") == "failed" and mine) or not self.path.is_dir():
-            return
-        if now.get("state") == "finished" and isinstance(error, ConfigError):
-            return  # a wrong command does not undo a finished run
-        code = getattr(error, "exit_code", 1)
-        step = self._progress.step if self._progress else now.get("step", 0)
-        reason = f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # the disk may be the reason
-            self.folder.set_status("failed", step=step, exit_code=code, reason=reason)
-            self.folder.event("failed", step=step, reason=reason)
-
-    def _save_failed(self, text: str) -> None:
-        self.warn(text)
-        self.folder.event("save_failed", step=self._progress.step if self._progress else 0)
-
-    def _lap(self) -> float:
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the start."""
         now = time.monotonic()
         lap, self._started = now - self._started, now
         return lap
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

@@ -3,6 +3,7 @@
 Only rank 0 writes. The other ranks hold a folder that writes nothing.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,7 +22,9 @@ import torch
 from dist_train import __version__
 from dist_train.config import Config, ConfigError
 from dist_train.config.compose import compose, to_yaml
+from dist_train.config.redact import redact, redact_words
 from dist_train.distributed import Ranks
+from dist_train.journal import LineFile
 
 State = Literal["running", "finished", "preempted", "failed"]
 PROBE_BYTES = 1 << 20
@@ -36,6 +39,11 @@ class RunFolder:
         self._ranks = ranks
         self._writes = ranks.rank == 0
         self._lock: IO[bytes] | None = None
+        self.log = LineFile(path / "log" / "rank0.txt")
+        self._events = LineFile(path / "events.jsonl")
+        self._started = time.monotonic()
+        self._unwritten: OSError | None = None  # of status.json
+        self._news: list[str] = []
 
     def claim(self) -> None:
         """Make the folder, prove that it can be written to, and lock it. Rank 0 only.
@@ -80,7 +88,9 @@ class RunFolder:
         self._lock.write(holder.encode())
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, and close what is open."""
+        self.log.close()
+        self._events.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -104,22 +114,33 @@ class RunFolder:
     def set_status(
         self, state: State, *, step: int, exit_code: int | None = None, reason: str | None = None
     ) -> None:
-        """Replace status.json: what the run is doing, or how it ended."""
+        """Replace status.json: what the run is doing, or how it ended.
+
+        An error of the disk does not end a training: it is news, and the next call tries again.
+        """
         if self._writes or state == "failed":
             record = {
                 "state": state,
                 "step": step,
-                "reason": reason,
+                "reason": redact(reason),
                 "rank": self._ranks.rank,
                 "exit_code": exit_code,
                 "attempt": self._ranks.attempt,
                 "chain": self._ranks.chain,
                 "time": time.time(),
+                "attempt_sec": round(time.monotonic() - self._started, 3),
             }
-            write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+            try:
+                write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+                self._unwritten = None
+            except OSError as error:
+                if self._unwritten is None:
+                    text = f"cannot write {self.path / 'status.json'}: {error.strerror or error}"
+                    self._news.append(f"{text}; it shows an older state")
+                self._unwritten = error
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one line to events.jsonl, now or when the disk takes it."""
         if self._writes:
             record = {
                 "event": kind,
@@ -127,15 +148,43 @@ class RunFolder:
                 "rank": self._ranks.rank,
                 "attempt": self._ranks.attempt,
                 "time": time.time(),
-                **details,
+                **redact(details),
             }
-            with (self.path / "events.jsonl").open("ab", buffering=0) as file:
-                file.write(json.dumps(record).encode() + b"\n")
+            self._events.append_record(record)
+
+    def take_news(self) -> list[str]:
+        """Try again what the disk refused; return what there is to tell since the last call."""
+        news, self._news = self._news, []
+        return news + self.log.take_news() + self._events.take_news()
+
+    def note_earlier_attempt(self) -> tuple[int, float]:
+        """Record how the attempt before this one died, if it did. Call it once, at the start.
+
+        Returns:
+            (attempts of this run that died, how long they lasted together, in seconds).
+        """
+        if not self._writes:
+            return 0, 0.0
+        before = self.read_status()
+        if before.get("state") in ("running", "failed") and before.get("exit_code") != 2:
+            lasted = before.get("attempt_sec", 0.0)
+            self.event("earlier_attempt_died", step=before.get("step", 0), lasted_sec=lasted)
+        died = [e for e in self.read_events() if e.get("event") == "earlier_attempt_died"]
+        return len(died), sum(e.get("lasted_sec", 0.0) for e in died)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return the events so far; torn lines are left out."""
+        events = []
+        with contextlib.suppress(OSError):
+            for line in (self.path / "events.jsonl").read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    events.append(json.loads(line))
+        return events
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         if self._writes:
-            write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+            write_atomically(self.path / "summary.json", json.dumps(redact(summary), indent=1))
 
     def check_space(self, checkpoint_bytes: int, keep: int) -> None:
         """Refuse to start when the checkpoints to come do not fit on the disk.
@@ -144,6 +193,8 @@ class RunFolder:
             ConfigError: with the sizes.
         """
         needed = checkpoint_bytes * (keep + 2)  # those kept, the best, the one being written
+        there = sum(file.stat().st_size for file in self.checkpoints.glob("step_*/*"))
+        needed = max(checkpoint_bytes, needed - there)  # the new ones take their places
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise ConfigError(
@@ -164,8 +215,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
@@ -179,7 +235,7 @@ def _cannot_write(path: Path, error: OSError) -> str:
 def _environment(ranks: Ranks) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": redact_words(sys.argv),
         "dist_train": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),

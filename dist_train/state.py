@@ -7,12 +7,14 @@ import torch
 
 from dist_train.checkpoint import BadCheckpointError
 from dist_train.config import Config, ConfigError
+from dist_train.drift import DriftCheck
 from dist_train.metrics import Meter
+from dist_train.nonfinite import NonFiniteGuard
 from dist_train.optim import Ema
 from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.progress import Progress
-from dist_train.recovery import NonFiniteGuard
+from dist_train.recovery import Recovery
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,7 +28,10 @@ class Parts:
     scaler: torch.amp.GradScaler | None
     ema: Ema | None
     guard: NonFiniteGuard
+    recovery: Recovery
+    drift: DriftCheck
     precision: str  # in force
+    num_classes: int
 
 
 def capture(
@@ -39,6 +44,7 @@ def capture(
         "optimizer": parts.optimizer.state_dict(),
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
         "ema": None if parts.ema is None else parts.ema.state_dict(),
+        "recovery": parts.recovery.state_dict(),
         "meter": {} if meter is None else meter.state_dict(),
         "facts": facts,
     }
@@ -55,6 +61,7 @@ def restore(state: dict[str, Any], parts: Parts, meter: Meter, origin: str) -> P
         parts.optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
         meter.load_state_dict(state["meter"])
+        parts.recovery.load_state_dict(state["recovery"])
         if parts.ema is not None:
             if state["ema"] is None:
                 raise ConfigError(f"{origin} has no averaged weights: unset optim.ema_decay")
@@ -85,10 +92,11 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
             f"{origin} was trained on other data: {what}. Give data.name and data.root as they "
             "were, or use another run_dir"
         )
+    free = {"data", "world_size"} if now["parallel.sync"] == "fixed" else {"data"}
     return [
         f"{key} is {now[key]} and was {facts.get(key)}: the bits of the result may differ"
         for key in now
-        if key != "data" and facts.get(key) != now[key]
+        if key not in free and facts.get(key) != now[key]
     ]
 
 
@@ -98,7 +106,7 @@ def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
     return {
         "data": data,
         "world_size": ranks.world_size,
-        "parallel.sync": "overlap" if parts.replica.overlap else "flat",
+        "parallel.sync": parts.replica.form,
         "precision": parts.precision,
         "threads": torch.get_num_threads(),
         "device": cpu if ranks.device.type == "cpu" else torch.cuda.get_device_name(),

@@ -1,9 +1,11 @@
 """Where metrics go: metrics.jsonl always, the console, TensorBoard and W&B on request.
 
-metrics.jsonl is the record of a run and its errors are raised. The others are conveniences: one
-that fails is switched off with one warning, and training goes on.
+metrics.jsonl is the record of a run: lines that a full disk refuses wait in memory until it takes
+them again. The others are conveniences: one that fails is switched off with one warning, and
+training goes on.
 """
 
+import errno
 import json
 import math
 import os
@@ -16,9 +18,12 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.redact import redact
+from dist_train.journal import LineFile
 from dist_train.wandb_tracker import WandbTracker
 
 BAR_WIDTH = 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Record = Mapping[str, float | int | str | bool | None]
 """`step` (int, batches consumed) and what was measured there.
@@ -33,11 +38,15 @@ class Tracker(Protocol):
 
     def log(self, record: Record) -> None: ...
 
+    def rewind(self, step: int, *, evaluated: bool) -> None: ...
+
     def close(self, *, exit_code: int) -> None: ...
 
 
 class JsonlTracker:
     """Appends one JSON object a line, each with one write: a kill loses nothing already logged.
+
+    An error of the disk is no error of the training: see journal.LineFile.
 
     Opening keeps the lines up to `restored_step` of what is there, in one atomic replacement, so
     that a resumed run misses and repeats no step; without `evaluated` that step's evaluation is
@@ -45,19 +54,28 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, *, restored_step: int, evaluated: bool = True) -> None:
-        if path.exists():
-            _keep_until(path, restored_step, evaluated=evaluated)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path = path
+        self.file = self._opened(restored_step, evaluated=evaluated)
+
+    def _opened(self, step: int, *, evaluated: bool) -> LineFile:
+        if self._path.exists():
+            _keep_until(self._path, step, evaluated=evaluated)
+        return LineFile(self._path)
+
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        """Drop the lines after `step`: the run went back to it."""
+        self.file.close()
+        self.file = self._opened(step, evaluated=evaluated)
 
     def log(self, record: Record) -> None:
         timed = {"step": record["step"], "attempt": record.get("attempt"), "time": time.time()}
         strict = {name: _strict(value) for name, value in (timed | dict(record)).items()}
-        line = memoryview(json.dumps(strict, allow_nan=False).encode() + b"\n")
-        while line:  # a full disk can cut a write short: the next one raises
-            line = line[os.write(self._file, line) :]
+        self.file.append(json.dumps(strict, allow_nan=False))
 
     def close(self, *, exit_code: int) -> None:
-        os.close(self._file)
+        lost = self.file.close()
+        if lost is not None:
+            raise OSError(lost)
 
 
 class ConsoleTracker:
@@ -83,6 +101,9 @@ class ConsoleTracker:
         bar, blank = self._bar, " " * len(self._bar)
         self._stream.write(f"\r{blank}\r{text}\n{bar}" if bar else f"{text}\n")
         self._stream.flush()
+
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        self._first = None
 
     def close(self, *, exit_code: int) -> None:
         if self._bar:
@@ -133,12 +154,17 @@ class TensorBoardTracker:
                 f"tracking.tensorboard=true needs a package that is missing ({error}): "
                 f"pip install tensorboard"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1, flush_secs=10)
+        self._make = lambda step: SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        self._writer = self._make(restored_step)
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
             if "/" in name and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
+
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        self._writer.close()
+        self._writer = self._make(step)
 
     def close(self, *, exit_code: int) -> None:
         self._writer.close()
@@ -162,10 +188,20 @@ class Trackers:
         for tracker in list(self._trackers):
             self._guarded(tracker, lambda t=tracker: t.log(record))
 
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        """Forget what was logged after `step`, as far as a tracker can."""
+        for tracker in list(self._trackers):
+            self._guarded(tracker, lambda t=tracker: t.rewind(step, evaluated=evaluated))
+
     def message(self, text: str) -> None:
         for tracker in list(self._trackers):
             if isinstance(tracker, ConsoleTracker):
                 self._guarded(tracker, lambda t=tracker: t.message(text))
+
+    def take_news(self) -> list[str]:
+        """Return what there is to tell of metrics.jsonl since the last call."""
+        journals = [t for t in self._trackers if isinstance(t, JsonlTracker)]
+        return [text for journal in journals for text in journal.file.take_news()]
 
     def close(self, *, exit_code: int) -> None:
         """Close all; W&B takes at most `wandb_tracker.CLOSE_SEC`. A second call does nothing."""
@@ -178,7 +214,12 @@ class Trackers:
             action()
         except Exception as error:
             if isinstance(tracker, JsonlTracker):
-                raise
+                if not isinstance(error, OSError):
+                    raise
+                self._warn(str(error))
+                return
+            if isinstance(tracker, ConsoleTracker) and getattr(error, "errno", 0) in FULL:
+                return  # standard output is a file on a full disk: it may have room again
             if tracker in self._trackers:
                 self._trackers.remove(tracker)
             self._warn(
@@ -201,7 +242,7 @@ def open_trackers(
     """Open what the configuration asks for. On rank 0; other ranks use an empty `Trackers()`.
 
     Args:
-        config: also recorded by W&B, whole.
+        config: also recorded by W&B, whole but for secrets.
         folder: the run's; gets metrics.jsonl, tensorboard/ and wandb/.
         restored_step: what was logged after it is dropped (0 for a new run).
         evaluated: whether the evaluation of that very step is done; else its line is dropped too.
@@ -225,7 +266,7 @@ def open_trackers(
             config.tracking.wandb,
             folder,
             run_id=wandb_id,
-            run_config=asdict(config),
+            run_config=redact(asdict(config)),
             say=console.message,
             warn=warn,
         )
@@ -236,11 +277,15 @@ def open_trackers(
 def _keep_until(path: Path, last_step: int, *, evaluated: bool) -> None:
     """Drop the lines after `last_step`, and one that a kill or a crash damaged."""
     kept = path.with_name(path.name + ".tmp")
-    with path.open("rb") as lines, kept.open("wb") as out:
-        out.writelines(line for line in lines if _is_until(line, last_step, evaluated))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(kept, path)
+    try:
+        with path.open("rb") as lines, kept.open("wb") as out:
+            out.writelines(line for line in lines if _is_until(line, last_step, evaluated))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(kept, path)
+    except OSError:
+        kept.unlink(missing_ok=True)
+        raise
 
 
 def _is_until(line: bytes, last_step: int, evaluated: bool) -> bool:

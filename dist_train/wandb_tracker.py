@@ -28,6 +28,7 @@ PROBE_SEC = 2.0
 INIT_SEC = 15.0
 FINISH_SEC = 3.5  # for the last upload; within CLOSE_SEC
 CLOSE_SEC = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SETTINGS_VARIABLE = "DIST_TRAIN_WANDB"  # the child's settings as JSON; no secrets
 
 
@@ -89,15 +90,19 @@ class WandbTracker:
         search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {SETTINGS_VARIABLE: json.dumps(child), "PYTHONPATH": search_path}
         with self._log_file.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "dist_train.wandb_tracker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                bufsize=0,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C is for the ranks; they close the run
-            )
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the child inherits it
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "dist_train.wandb_tracker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log_file,
+                    bufsize=0,
+                    env=environment,
+                    start_new_session=True,  # a Ctrl-C is for the ranks; they close the run
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to_child, self._from_child = self._process.stdin, self._process.stdout
@@ -110,6 +115,9 @@ class WandbTracker:
         self._num_dropped += len(self._waiting) == QUEUE_RECORDS
         self._waiting.append(json.dumps(dict(record)).encode() + b"\n")
         self._exchange()
+
+    def rewind(self, step: int, *, evaluated: bool) -> None:
+        """Leave what is there: W&B keeps every record, and draws by `step`."""
 
     def close(self, *, exit_code: int) -> None:
         """End the W&B run; waits at most CLOSE_SEC, then ends the child."""
@@ -171,8 +179,9 @@ class _Child:
 
     def run(self) -> NoReturn:
         """Log each line of standard input until it ends, then leave without wandb's exit hooks."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # the end of input is the end
+        for number in STOP_SIGNALS:  # the end of input is the end
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked until here
         run = self._start()
         # Not wandb's own step: it refuses to go back, as a resumed or rolled back run does.
         run.define_metric("*", step_metric="step")

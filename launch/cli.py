@@ -5,6 +5,12 @@ import sys
 
 VERBS = {
     "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
+    "replay": ("dist_train.replay", "run a batch that was not finite again, and see where"),
+    "checkpoint": ("dist_train.checkpoint_tool", "list, verify and show the checkpoints of a run"),
+    "verify-resume": (
+        "dist_train.verify_resume",
+        "kill and resume your configuration: are the bits those of an unbroken run?",
+    ),
 }
 
 
@@ -12,7 +18,7 @@ def main() -> int:
     """Run the verb of the command line; returns the exit code."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        lines = [f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items()]
+        lines = [f"  {verb:<14} {what}" for verb, (_, what) in VERBS.items()]
         sys.stdout.write("usage: dist-train VERB ...\n\n" + "\n".join(lines) + "\n")
         return 0 if words else 2
     if words[0] == "--version":

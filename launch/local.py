@@ -1,32 +1,26 @@
 """`dist-train run`: check the command, start torchrun, and answer with the run's own exit code."""
 
 import argparse
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import uuid
-from pathlib import Path
-from types import FrameType
 
-from dist_train.config import Config, ConfigError
+from dist_train.config import ConfigError
 from dist_train.config.arguments import (
-    VERDICT_VARIABLE,
+    NODES_VARIABLE,
     Parser,
     Request,
     add_run_options,
     compose_request,
     print_error,
-    stop_with_parent,
 )
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
+from launch.supervise import supervise
 
-MAX_RESTARTS = 0
+MAX_RESTARTS = 1_000_000  # the limits are those of the run's chain.json, not torchrun's
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +39,9 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "dist_train", *_rank_arguments(options), "--dry-run"]
         ranks = {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
         return subprocess.call(command, env=_with_threads(options.nproc) | ranks)
-    return _launch(options, request.config)
+    command = torchrun_command(options)
+    environment = _with_threads(options.nproc) | {NODES_VARIABLE: str(options.nnodes)}
+    return supervise(command, environment, run_dir_of(request.config))
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
@@ -55,7 +51,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
     parser.add_argument("--rdzv-id", default="dist_train", help="the same on all machines of a run")
     parser.add_argument("--rdzv-endpoint", help="HOST:PORT on one of them, with --nnodes")
     parser.add_argument("--master-port", type=int, help="a fixed port, for one machine")
-    parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="after a crash")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=MAX_RESTARTS,
+        help="torchrun's own limit; there are better ones",
+    )
     add_run_options(parser)
     options = parser.parse_intermixed_args(argv)
     options.nproc = _number_of_ranks(options.nproc)
@@ -119,8 +120,11 @@ def _rank_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def torchrun_command(options: argparse.Namespace) -> list[str]:
-    """Return the torchrun command that starts the ranks of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    """Return the torchrun command that starts the ranks of this machine.
+
+    dist_train.agent is torchrun's own main(), and tells how each attempt ended.
+    """
+    command = [sys.executable, "-m", "dist_train.agent"]
     command += [f"--nproc-per-node={options.nproc}", f"--max-restarts={options.max_restarts}"]
     if options.nnodes > 1:
         command += [f"--nnodes={options.nnodes}", f"--rdzv-id={options.rdzv_id}"]
@@ -130,45 +134,3 @@ def torchrun_command(options: argparse.Namespace) -> list[str]:
     else:
         command += ["--standalone"]
     return [*command, "-m", "dist_train", *_rank_arguments(options)]
-
-
-def _launch(options: argparse.Namespace, config: Config) -> int:
-    chain = uuid.uuid4().hex[:12]
-    with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
-        verdict = Path(folder) / "verdict.json"
-        environment = _with_threads(options.nproc)
-        environment |= {VERDICT_VARIABLE: str(verdict), "DIST_TRAIN_CHAIN": chain}
-        # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
-        torchrun = subprocess.Popen(
-            torchrun_command(options),
-            env=environment,
-            start_new_session=True,
-            preexec_fn=stop_with_parent,
-        )
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            torchrun.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, forward) for number in stops}
-        try:
-            code = torchrun.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if verdict.is_file():
-            told = json.loads(verdict.read_text())
-            print_error(told["reason"])
-            return told["exit_code"]
-    return _code_of_status(config, chain, code if code >= 0 else 128 - code)
-
-
-def _code_of_status(config: Config, chain: str, torchrun_code: int) -> int:
-    """Return what status.json says of this start; torchrun's code if it says nothing."""
-    try:
-        status = json.loads((run_dir_of(config) / "status.json").read_text())
-    except (OSError, ValueError):
-        return torchrun_code
-    if status.get("chain") == chain and status.get("exit_code") is not None:
-        return int(status["exit_code"])
-    return torchrun_code

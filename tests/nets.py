@@ -1,9 +1,13 @@
 """Small networks for the tests, and wrong ones."""
 
+import os
+import random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.faults import KINDS
 
 
 def plain_net(num_classes: int, *, width: int = 8) -> nn.Module:
@@ -60,6 +64,49 @@ def no_module(num_classes: int) -> Any:
 def thousand_classes(num_classes: int) -> nn.Module:
     """A factory that does not listen."""
     return plain_net(1000)
+
+
+class FailAt(nn.Module):
+    """Passes pictures through; on one rank it fails in a chosen training forward of an attempt."""
+
+    def __init__(self, kind: str, rank: int, call: int) -> None:
+        super().__init__()
+        self.kind, self.call = kind, call if int(os.environ.get("RANK", "0")) == rank else -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.call -= 1
+            if self.call == 0:
+                KINDS[self.kind]()
+        return x
+
+
+def failing_net(num_classes: int, *, kind: str, rank: int = 1, call: int = 5) -> nn.Module:
+    """plain_net after a FailAt. The throw-away forward of the start counts as a call."""
+    return nn.Sequential(FailAt(kind, rank, call), plain_net(num_classes))
+
+
+class Counting(nn.Module):
+    """plain_net with state that no state_dict holds: a resume cannot give it back."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner, self.count = plain_net(num_classes), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training and torch.is_grad_enabled()
+        return self.inner(x) * (1 + 0.01 * self.count)
+
+
+class Drawing(nn.Module):
+    """plain_net that draws from Python's own generator, which nobody seeds."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner = plain_net(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * (1 + random.random()))
 
 
 class NanAt(nn.Module):

@@ -20,6 +20,7 @@ SMALL = (
     "log_every=5",
     "threads=1",
     "device=cpu",
+    "checkpoint.exact_steps=true",
     "parallel.start_timeout_sec=60",
     "parallel.step_timeout_sec=30",
 )

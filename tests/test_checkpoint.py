@@ -12,7 +12,6 @@ import torch
 
 from dist_train.checkpoint import (
     BadCheckpointError,
-    CheckpointWriter,
     list_checkpoints,
     load_state,
     newest_good,
@@ -21,6 +20,7 @@ from dist_train.checkpoint import (
     weights_sha256,
     write_checkpoint,
 )
+from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.config import Config, ConfigError
 from tests.faults import train_with
 from tests.ranks import run_ranks, start_ranks_of
@@ -42,19 +42,14 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, STATE, step=1)
     good = {f.name: f.read_bytes() for f in path.iterdir()}
     dice = random.Random(0)
-    for trial in range(300):
+    for _ in range(300):
         name = dice.choice(["state.pt", "state.pt", "manifest.json"])
         data = bytearray(good[name])
         place = dice.randrange(len(data))
         data[place] ^= 1 << dice.randrange(8)
         (path / name).write_bytes(data)
-        try:
-            found = read_verified(path)
-        except BadCheckpointError:
-            pass
-        else:  # a flip in the manifest's white space changes nothing that is believed
-            assert name == "manifest.json", trial
-            assert found == good["state.pt"], trial
+        with pytest.raises(BadCheckpointError):
+            read_verified(path)
         (path / name).write_bytes(good[name])
     read_verified(path)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config
-from tests.ranks import run_ranks
+from dist_train.recovery import Recovery
+from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import metrics, small
 
 
@@ -16,7 +17,7 @@ def evaluated(config: Config) -> dict[str, Any]:
     from dist_train import train as loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.NonFiniteGuard, "approves", lambda self, norm, step: False)
+        patch.setattr(Recovery, "decide", lambda self, norm, failure, step: "skip")
         return loop.train(config)
 
 
@@ -74,3 +75,31 @@ def test_early_stopping_finds_a_best_that_is_still_being_written(tmp_path: Path)
     options = ("train.epochs=1", "train.early_stop_patience=5")
     summary = run_ranks(trained, 2, small(tmp_path, *options))[0]
     assert summary["best_step"] == summary["steps"] == 9
+
+
+def failing(config: Config) -> dict[str, Any]:
+    """Train; rank 1 fails on its second batch of an evaluation."""
+    import os
+
+    from dist_train import train as loop
+
+    real, calls = loop.task.eval_sums, []
+
+    def eval_sums(*args: Any) -> Any:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 2:
+            raise ValueError("a picture that cannot be")
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.task, "eval_sums", eval_sums)
+        return loop.train(config)
+
+
+def test_an_exception_on_one_rank_in_an_evaluation_is_the_same_failure_on_all(
+    tmp_path: Path,
+) -> None:
+    config = small(tmp_path, "train.steps=1", "data.val_fraction=0")
+    outcomes = start_ranks_of(failing, 2, config)
+    [text] = {str(o.error) for o in outcomes}
+    assert "rank 1 failed in the evaluation of the test split: ValueError: a picture" in text

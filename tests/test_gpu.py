@@ -40,25 +40,29 @@ def waits(config: Config) -> list[int]:
     """Return how many times the host waited for the device in each of ten steps."""
     from dist_train import train as loop
     from dist_train.claim import open_run
+    from dist_train.data.feed import Feed
     from dist_train.metrics import Meter
     from dist_train.plan import make_plan
+    from dist_train.start import build_parts, throw_away_step
 
     counts = []
     with start_ranks(config) as ranks, open_run(config, ranks) as run:
         data = open_data(config, ranks)
         plan = make_plan(config, data.num_train)
-        parts = loop._build_parts(config, plan, data, ranks, run)
+        parts = build_parts(config, plan, data, run)
         sampler = GlobalOrderSampler(
             data.num_train, global_batch_size=24, rank=0, world_size=ranks.world_size, seed=0
         )
-        loop.throw_away_step(parts, data, sampler)
+        throw_away_step(parts, data, step=0)
+        feed = Feed(data.loader, sampler, 13)
         meter = Meter(ranks, plan)
-        for step, batch in enumerate(data.loader.train_batches(sampler, 0, 13)):
+        for step in range(13):
+            feed.take(step)  # loading is not the step's
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 try:
-                    sums = loop.train_step(parts, batch, step=step)
+                    sums = loop.train_step(parts, feed, step=step)
                     meter.add(sums)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")

@@ -26,6 +26,8 @@ IN_HASH = {
     "precision": "bf16",
     "train.global_batch_size": 64,
     "train.drop_last": False,
+    "train.order": "fixed",
+    "train.num_shards": 4,
     "train.early_stop_patience": 3,
     "model.factory": "a:b",
     "model.args": {"width": 3},

@@ -205,12 +205,37 @@ def test_a_console_that_is_gone_is_said_once_and_does_not_stop_the_run(tmp_path:
         stream.close()
 
 
-def test_an_error_of_the_journal_is_raised(tmp_path: Path) -> None:
+def test_lines_that_the_disk_refused_come_when_it_takes_them_again(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    trackers = Trackers([JsonlTracker(gone / "metrics.jsonl", restored_step=0)])
+    trackers.log({"step": 1})
+    gone.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "metrics.jsonl").unlink()
+    trackers.log({"step": 2})
+    trackers.log({"step": 3})
+    [told] = trackers.take_news()
+    assert str(gone) in told
+    assert "training goes on" in told
+    assert trackers.take_news() == []
+    (tmp_path / "elsewhere").rename(gone)
+    [told] = trackers.take_news()
+    assert "2 lines had waited" in told
+    trackers.close(exit_code=0)
+    assert [r["step"] for r in lines(gone / "metrics.jsonl")] == [2, 3]
+
+
+def test_lines_that_are_lost_are_told_and_end_no_run(tmp_path: Path) -> None:
+    warnings: list[str] = []
     journal = JsonlTracker(tmp_path / "metrics.jsonl", restored_step=0)
-    trackers = Trackers([journal])
-    journal.close(exit_code=0)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        trackers.log({"step": 1})
+    trackers = Trackers([journal], warn=warnings.append)
+    (tmp_path / "metrics.jsonl").mkdir()
+    trackers.log({"step": 1})
+    trackers.log({"step": 2})
+    trackers.close(exit_code=0)
+    [told] = warnings
+    assert told.startswith("2 lines of")
+    assert "Is a directory" in told
 
 
 def test_other_ranks_have_trackers_that_do_nothing() -> None:

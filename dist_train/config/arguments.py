@@ -8,14 +8,19 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config.compose import compose, describe
+from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
+RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its torchrun
+NODES_VARIABLE = "DIST_TRAIN_NNODES"
 LINGER_SEC = 10.0
+LINGER_SLICE_SEC = 0.05  # how often a silent rank looks whether it is asked to end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +66,14 @@ def parse(argv: list[str]) -> Request:
 def compose_request(options: argparse.Namespace) -> Request:
     """Compose what parsed options ask for. Raises ConfigError."""
     composed = compose(options.overrides, config_dir=options.config_dir, config_file=options.config)
+    refuse_redacted(composed.config)
     text = describe(composed) if options.print_config else None
     return Request(config=composed.config, text=text, dry_run=options.dry_run)
 
 
-def refuse(message: str, exit_code: int, *, speak: bool) -> int:
+def refuse(
+    message: str, exit_code: int, *, speak: bool, asked_to_end: Callable[[], bool] | None = None
+) -> int:
     """Tell the user's mistake in one line on standard error; returns the process's exit code.
 
     Under `dist-train run` line and code go through a file and this process ends with 0: torchrun
@@ -75,25 +83,29 @@ def refuse(message: str, exit_code: int, *, speak: bool) -> int:
     if verdict:
         path = Path(verdict)
         own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(json.dumps({"exit_code": exit_code, "reason": message}))
+        own.write_text(json.dumps({"exit_code": exit_code, "reason": redact(message)}))
         own.replace(path)  # whole, whichever rank is the last
         return 0
     if speak:
         print_error(message)
     else:
-        let_another_speak()
+        let_another_speak(asked_to_end)
     return exit_code
 
 
-def let_another_speak() -> None:
+def let_another_speak(asked_to_end: Callable[[], bool] | None = None) -> None:
     """Wait before a silent end: the launcher ends all ranks with the first, the speaker too."""
-    if {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
-        time.sleep(LINGER_SEC)
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & os.environ.keys():
+        return
+    for _ in range(round(LINGER_SEC / LINGER_SLICE_SEC)):
+        if asked_to_end is not None and asked_to_end():
+            return
+        time.sleep(LINGER_SLICE_SEC)
 
 
 def print_error(message: str) -> None:
     """Write the one line that a mistake gets."""
-    sys.stderr.write(f"dist-train: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"dist-train: error: {' '.join(redact(message).split())}\n")
     sys.stderr.flush()
 
 

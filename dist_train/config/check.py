@@ -27,6 +27,7 @@ RANGES: dict[str, Range] = {
     "train.global_batch_size": Range(least=1),
     "train.micro_batch_size": Range(least=1),
     "train.early_stop_patience": Range(least=1),
+    "train.num_shards": Range(least=1),
     "parallel.start_timeout_sec": Range(above=0),
     "parallel.step_timeout_sec": Range(above=0),
     "data.val_fraction": Range(least=0, most=0.9),
@@ -51,15 +52,21 @@ RANGES: dict[str, Range] = {
     "eval.every_epochs": Range(least=1),
     "eval.every_steps": Range(least=1),
     "checkpoint.every_steps": Range(least=1),
+    "checkpoint.mtbf_hours": Range(above=0),
     "checkpoint.keep_last": Range(least=1),
     "guards.max_consecutive": Range(least=1),
+    "guards.max_rollbacks": Range(least=0),
+    "guards.rollback_lr_factor": Range(above=0, most=1),
+    "guards.drift_every": Range(least=1),
+    "guards.loss_spike": Range(above=1),
+    "guards.hang_sec": Range(least=0.5),
 }
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first value out of range or rule between keys that is broken."""
     for key, value in flatten(config).items():
-        if key in RANGES and value is not None:
+        if key in RANGES and value is not None and not isinstance(value, str):
             _check_range(key, value, RANGES[key])
     train, optim, data = config.train, config.optim, config.data
     if train.epochs is None and train.steps is None:
@@ -72,6 +79,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             "train.early_stop_patience ends with the best weights: set checkpoint.keep_best=true"
         )
+    if train.order == "fixed":
+        _check_fixed_order(config)
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov=true needs momentum: raise optim.momentum above 0")
     if not all(0 <= b < 1 for b in optim.betas):
@@ -97,6 +106,40 @@ def check(config: Config) -> None:
         raise ConfigError(f"profile.steps={list(steps)}: give [first, last] with first < last")
 
 
+def _check_fixed_order(config: Config) -> None:
+    """Raise ConfigError if the bits of the result would depend on something else than shards."""
+    train, shards = config.train, config.train.num_shards
+    if shards & (shards - 1):
+        lower = 1 << (shards.bit_length() - 1)
+        raise ConfigError(
+            f"train.num_shards={shards} is not a power of two: set {lower} or {2 * lower}"
+        )
+    if train.global_batch_size < shards:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is smaller than train.num_shards "
+            f"(= {shards}): raise the former or lower the latter"
+        )
+    if train.micro_batch_size is not None:
+        raise ConfigError(
+            "train.order=fixed computes one shard at a time: unset train.micro_batch_size; more "
+            "train.num_shards make smaller pieces"
+        )
+    if config.threads not in (None, 1):
+        raise ConfigError(
+            f"threads={config.threads}: train.order=fixed needs one thread a rank, since sums "
+            "depend on their number: unset threads"
+        )
+    if config.parallel.sync == "overlap":
+        raise ConfigError(
+            "parallel.sync=overlap adds up in DDP's order: unset it for train.order=fixed"
+        )
+    if config.parallel.sync_batchnorm:
+        raise ConfigError(
+            "parallel.sync_batchnorm=true and train.order=fixed exclude each other: in fixed order "
+            "BatchNorm's statistics belong to the shard"
+        )
+
+
 def check_world(config: Config, world_size: int) -> None:
     """Raise ConfigError if this configuration cannot be cut over `world_size` ranks."""
     batch = config.train.global_batch_size
@@ -105,6 +148,13 @@ def check_world(config: Config, world_size: int) -> None:
             f"train.global_batch_size={batch} is smaller than world_size (= {world_size}): "
             f"raise train.global_batch_size to {world_size} or more, "
             f"or start at most {batch} ranks"
+        )
+    shards = config.train.num_shards
+    if config.train.order == "fixed" and (world_size & (world_size - 1) or world_size > shards):
+        fit = ", ".join(str(1 << i) for i in range(shards.bit_length()))
+        raise ConfigError(
+            f"train.order=fixed deals train.num_shards (= {shards}) evenly to the ranks: "
+            f"world_size (= {world_size}) must be one of {fit}"
         )
 
 

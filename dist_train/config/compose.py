@@ -20,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dist_train.config.check import check
+from dist_train.config.redact import learn, mask, redact
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain, unknown_key
+from dist_train.config.yaml_limits import check_yaml
 
 SCHEMA = "schema_defaults"
 BUNDLED = Path(__file__).parents[1] / "_configs"  # in an installed wheel
@@ -52,6 +54,8 @@ def compose(
     folders = [f for f in (config_dir, BUNDLED if BUNDLED.is_dir() else CHECKOUT) if f]
     if config_dir and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder")
+    if config_dir:
+        _check_groups(config_dir)
     groups = _groups(folders) if config_file is None else {}
     parsed = [_parsed(o, groups, config_file) for o in overrides]
     store = ConfigStore.instance()
@@ -80,23 +84,25 @@ def compose(
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     check(config)
+    learn(config)
     return Composed(config=config, origins=origins)
 
 
 def describe(composed: Composed) -> str:
     """Return the configuration as YAML lines, each with where its value came from."""
     rows = []
-    for key, value in flatten(composed.config).items():
-        text = OmegaConf.to_yaml(OmegaConf.create({"v": plain(value)}), resolve=False)
-        shown = text[3:].strip() if "\n" not in text.strip() else str(plain(value))
+    for key, secret in flatten(composed.config).items():
+        value = mask(plain(secret), key)
+        text = OmegaConf.to_yaml(OmegaConf.create({"v": value}), resolve=False)
+        shown = text[3:].strip() if "\n" not in text.strip() else str(value)
         rows.append((f"{key}: {shown}", composed.origins.get(key, "default")))
     width = min(60, max(len(row) for row, _ in rows))
     return "\n".join(f"{row:<{width}}  # {origin}" for row, origin in rows)
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, ready for --config."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    """Return the resolved configuration as YAML, ready for --config but for its secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(plain(config))))
 
 
 def _groups(folders: list[Path]) -> dict[str, list[str]]:
@@ -107,12 +113,21 @@ def _groups(folders: list[Path]) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in found.items()}
 
 
+def _check_groups(config_dir: Path) -> None:
+    for path in sorted(config_dir.glob("*/*.yaml")):
+        try:
+            check_yaml(path, str(path))
+        except (OSError, YAMLError) as error:
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
 def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, Any]:
     if config_file is None:
         first = {"model": "resnet9", "data": "auto", "optim": "sgd"}
         chosen = [{g: c} for g, c in first.items() if c in groups.get(g, [])]
         return {"defaults": [SCHEMA, *chosen, {"experiment": "cifar10_resnet9"}]}
     try:
+        check_yaml(config_file, f"--config {config_file}")
         loaded = OmegaConf.load(config_file)
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"--config {config_file}: {' '.join(str(error).split())}") from None

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from dist_train.config.redact import mask, redact
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import flatten, plain
 
@@ -45,8 +46,10 @@ PATHS = ("run_dir", "data.root", "data.cache_dir")  # machines without a shared 
 
 
 def hashed_settings(config: Config) -> dict[str, object]:
-    """Return {dotted key: plain value} of every setting that changes the result."""
-    return {key: plain(value) for key, value in flatten(config).items() if not is_free(key)}
+    """Return {dotted key: plain value} of every setting that changes the result; no secret."""
+    return {
+        key: mask(plain(value), key) for key, value in flatten(config).items() if not is_free(key)
+    }
 
 
 def is_free(key: str) -> bool:
@@ -75,7 +78,7 @@ def run_dir_of(config: Config) -> Path:
 
 def check_same_run(config: Config, saved: Config, run_dir: Path) -> None:
     """Raise ConfigError if resuming `saved` with `config` would mix two different runs."""
-    old, new = hashed_settings(saved), hashed_settings(config)
+    old, new = redact(hashed_settings(saved)), redact(hashed_settings(config))
     changed = [k for k in new if old.get(k) != new[k] and k not in config.resume_allow]
     if changed:
         what = ", ".join(f"{k}={new[k]} (the run has {old.get(k)})" for k in changed)

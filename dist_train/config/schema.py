@@ -21,7 +21,10 @@ class TrainConfig:
     steps: int | None = None  # wins over epochs
     max_minutes: float | None = None  # stop and save as if preempted after this long
     global_batch_size: int = 512  # samples a step, over all ranks
-    micro_batch_size: int | None = None  # largest a rank forwards at once; None: its whole share
+    # Largest that a rank forwards at once; None: its whole share; auto: what fits into memory.
+    micro_batch_size: int | Literal["auto"] | None = None
+    order: Literal["fast", "fixed"] = "fast"  # fixed: the same bits on any number of ranks
+    num_shards: int = 8  # fixed order only: pieces of a global batch, a power of two
     drop_last: bool = True  # drop the remainder of an epoch smaller than the global batch
     early_stop_patience: int | None = None  # evaluations without a better validation accuracy
 
@@ -107,17 +110,26 @@ class EvalConfig:
 class CheckpointConfig:
     """When to save, and how much to keep."""
 
-    every_steps: int | None = None  # None: at every epoch's end
+    # None: at every epoch's end; auto: from the cost of a save and the failures to expect
+    every_steps: int | Literal["auto"] | None = None
+    mtbf_hours: float | None = None  # mean time between failures, for auto; None: from the ranks
     keep_last: int = 2
     keep_best: bool = True
+    exact_steps: bool = False  # wait for a save under way rather than put the next one off
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """What to do about gradients that are not finite."""
+    """What to do about steps that go wrong, and ranks that hang."""
 
-    max_consecutive: int = 10  # skipped steps in a row before the run ends
+    max_consecutive: int = 10  # skipped steps in a row before the run goes back
+    max_rollbacks: int = 1  # times that a diverging run goes back to its last checkpoint
+    rollback_lr_factor: float = 0.5  # on the learning rate, each time
+    drift_every: int = 100  # steps between comparisons of the ranks' weights
+    loss_spike: float = 3.0  # report a mean loss this many times the recent median
     lag: Literal[0, 1] = 0  # 1: skip on the device and read the verdict a step later
+    watchdog: bool = True  # name a rank that hangs or is slow, and end one that hangs
+    hang_sec: float = 5.0  # silence that is a hang, if ten median steps are not longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,10 +3,17 @@
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
+
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -86,8 +93,14 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         inner = [a for a in get_args(hint) if a is not type(None)]
-        assert len(inner) == 1, f"the schema has no unions but `X | None`: {key}"
-        return convert(inner[0], value, key)
+        words = [word for a in inner if get_origin(a) is Literal for word in get_args(a)]
+        others = [a for a in inner if get_origin(a) is not Literal]
+        assert len(inner) == 1 or len(others) == 1, f"only `X | 'word' | None`: {key}"
+        if value in words and others:
+            return value
+        if words and others and isinstance(value, str):
+            raise _wrong(key, value, f"{_NAMES[others[0]]} or {' or '.join(words)}")
+        return convert((others or inner)[0], value, key)
     if origin is Literal:
         if value in get_args(hint):
             return value
@@ -107,7 +120,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     return _scalar(hint, value, key)
 
 
-def _scalar(hint: Any, value: Any, key: str) -> Any:
+def _scalar(hint: Any, value: Any, key: str, words: Sequence[str] = ()) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -118,8 +131,7 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise _wrong(key, value, names[hint])
+    raise _wrong(key, value, _NAMES[hint])
 
 
 def _wrong(key: str, value: Any, wanted: str) -> ConfigError:

@@ -93,8 +93,9 @@ class WorkerLoader:
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
-        resource_tracker.ensure_running()  # it would unblock the signals again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        resource_tracker.ensure_running()  # it unblocks two of the signals again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return iter(loader)
         finally:

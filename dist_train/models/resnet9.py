@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 def resnet9(
-    num_classes: int, *, width: int = 48, in_channels: int = 3, dropout: float = 0.0
+    num_classes: int, *, width: int = 64, in_channels: int = 3, dropout: float = 0.0
 ) -> ResNet9:
     """Build a ResNet-9.
 
@@ -52,7 +52,7 @@ def resnet9(
 
     Args:
         num_classes: logits per image.
-        width: channels of the first convolution (Page: 64); 2, 4 and 8 times that follow.
+        width: channels of the first convolution; 2, 4 and 8 times that follow.
         in_channels: channels of the images.
         dropout: inside the residual branches, between the two convolutions.
     """

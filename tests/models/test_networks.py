@@ -43,8 +43,8 @@ def test_gradients_reach_every_parameter(factory: Callable[..., nn.Module]) -> N
     [
         (lambda: tutorial_cnn(), 94_538),
         (lambda: tutorial_cnn(in_channels=1), 93_962),
-        (lambda: resnet9(10), 3_699_504),
-        (lambda: resnet9(10, width=64), 6_573_120),
+        (lambda: resnet9(10, width=48), 3_699_504),
+        (lambda: resnet9(10), 6_573_120),
         (lambda: resnet18_cifar(10), 11_173_962),
         (lambda: wide_resnet(10), 36_479_194),
         (lambda: wide_resnet(10, depth=40, widen_factor=4), 8_949_210),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import Config, GuardConfig, OptimConfig
+from dist_train.gradients import Buffers
+from dist_train.nonfinite import NonFiniteError, NonFiniteGuard
 from dist_train.optim import build_optimizer
-from dist_train.recovery import NonFiniteError, NonFiniteGuard
 from tests.nets import NanAt, noisy_net
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import metrics, small
@@ -28,7 +29,7 @@ def poisoned_net(num_classes: int, *, calls: list[int], rank: int) -> nn.Module:
 def poisoned(run_dir: Path, calls: list[int], *options: str) -> Config:
     return small(
         run_dir,
-        "model.factory=tests.test_recovery:poisoned_net",
+        "model.factory=tests.test_nonfinite:poisoned_net",
         f"model.args.calls={calls}",
         "model.args.rank=1",
         "train.steps=6",
@@ -76,9 +77,9 @@ def test_a_first_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_skipped_step_leaves_the_weights_of_a_run_without_it(lag: int, tmp_path: Path) -> None:
-    # every forward of steps 0..5 is poisoned: nothing may change at all
+    # every forward of steps 0..5 is poisoned, and the one that looks for the cause
     config = poisoned(
-        tmp_path / "a", [1, 2, 3, 4, 5, 6], f"guards.lag={lag}", "optim.ema_decay=0.9"
+        tmp_path / "a", [1, 2, 3, 4, 5, 6, 7], f"guards.lag={lag}", "optim.ema_decay=0.9"
     )
     summary, weights = run_ranks(weights_after, 2, config)[0]
     assert summary["skipped_steps"] == 6
@@ -97,7 +98,8 @@ def test_too_many_in_a_row_end_the_run_with_step_rank_and_layer(tmp_path: Path) 
     assert len(texts) == 1
     [text] = texts
     assert isinstance(outcomes[0].error, NonFiniteError)
-    assert "at step 2, 3 steps in a row; rank 1: the output of layer '0'" in text
+    assert "at step 2, 3 steps in a row, 1 rollback did not help" in text
+    assert "rank 1: the output of layer '0' is not finite" in text
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 93)
 
@@ -113,12 +115,13 @@ def test_a_fused_optimizer_whose_first_step_is_skipped_stays_sane(
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))  # pyright: ignore[reportArgumentType] # a literal
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
     guards = GuardConfig(lag=lag)  # pyright: ignore[reportArgumentType] # a literal
-    guard = NonFiniteGuard(model, optimizer, scaler, guards, torch.device("cpu"))
+    buffers = Buffers(model)
+    guard = NonFiniteGuard(buffers, optimizer, scaler, guards, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
     skipped: list[int] = []
     for step in range(4):
         optimizer.zero_grad()
-        guard.before_step()
+        buffers.remember()
         x = torch.randn(16, 8)
         if step == 0:
             x[3, 3] = math.inf
@@ -127,15 +130,19 @@ def test_a_fused_optimizer_whose_first_step_is_skipped_stays_sane(
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if guard.approves(norm, step):
+        known = guard.read(norm, step)
+        skipped += [at for at, finite in known if not finite]
+        if (step, False) in known:
+            buffers.restore()
+        else:
             optimizer.step() if scaler is None else scaler.step(optimizer)
         guard.after_step()
-        skipped += guard.take_skipped()
         if step == 0:
             for param, old in zip(model.parameters(), before, strict=True):
                 assert torch.equal(param, old)
             assert all(torch.isfinite(b.double()).all() for b in model.buffers())
-    assert skipped + guard.take_skipped(settle=True) == [0]
+    assert skipped == [0]
+    assert all(finite for _, finite in guard.settle())
     for param, old in zip(model.parameters(), before, strict=True):
         assert not torch.equal(param, old), "the later steps were not taken"
         assert (param - old).abs().max() < 1.0

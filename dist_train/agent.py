@@ -1,0 +1,190 @@
+"""torchrun as `dist-train run` starts it: it tells how each attempt ended, and knows when to stop.
+
+It is torchrun's own main() with two additions. How a rank died (a signal, an exit code) is known to
+its parent alone, and torchrun tells it by a line of its log: the line is taken up here, told
+in one line, and recorded in the run's chain.json for the next attempt. And a second signal while
+the ranks are saving does not end torchrun before them.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from dist_train import chain
+from dist_train.config.arguments import (
+    NODES_VARIABLE,
+    RUN_DIR_VARIABLE,
+    print_error,
+    stop_with_parent,
+)
+
+LOGGER = "torch.distributed.elastic.multiprocessing.api"
+FAILED = "failed (exitcode"  # the line that tells of an attempt's end: exit code, local rank
+FINAL_CODES = (0, 2, chain.EXIT_CODE)  # of status.json: finished, stopped, or not to be repeated
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+STOPS += (signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main() -> int:
+    """Start torchrun on the command line; returns 0, the run's final code, or 1."""
+    stop_with_parent()
+    for number in STOPS:  # until there are ranks to tell
+        signal.signal(number, _leave)
+    verbose = "LOGLEVEL" in os.environ
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # of torchrun's loggers, read as they are made
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not verbose:
+        del os.environ["LOGLEVEL"]  # the ranks have their own
+    handler = getattr(api, "_terminate_process_handler", None)
+    if handler is not None:
+        calm = _once(handler)
+        api._terminate_process_handler = calm  # installed for torchrun's signals, by this name
+        for number in STOPS:  # and for those that an older torchrun does not know
+            signal.signal(number, calm)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STOPS))
+    report = _Report(Path(os.environ[RUN_DIR_VARIABLE]), os.environ["DIST_TRAIN_CHAIN"])
+    logger = logging.getLogger(LOGGER)
+    logger.addHandler(report)
+    logger.propagate = verbose  # else one line an attempt is enough
+    try:
+        run.main(sys.argv[1:])
+    except ChildFailedError:  # told already
+        report.close_status()
+        return 1
+    except api.SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
+
+
+class _Report(logging.Handler):
+    """Takes up the end of each attempt."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(logging.ERROR)
+        self._folder = folder
+        self._chain = name
+        self._attempt = 0
+        self._silent = 0  # attempts in a row that ended before they had begun
+        self._single = os.environ.get(NODES_VARIABLE, "1") == "1"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell how an attempt ended.
+
+        Raises:
+            SystemExit: there is nothing to restart; torchrun ends its ranks and itself.
+        """
+        if not str(record.msg).startswith(FAILED) or not isinstance(record.args, tuple):
+            return
+        code, local_rank = record.args[:2]
+        assert isinstance(code, int)
+        assert isinstance(local_rank, int)
+        status = _read(self._folder / "status.json")
+        mine = status if status.get("chain") == self._chain else {}
+        over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
+        if self._single and over:  # a rank that dies in its tidying-up is no news
+            raise SystemExit(mine["exit_code"])
+        why = self._why(code, local_rank)
+        began = chain.read(self._folder).attempt >= self._attempt and bool(mine)
+        self._silent = 0 if began else self._silent + 1
+        if self._silent >= chain.ENDINGS_WITHOUT_PROGRESS:
+            print_error(chain.endless(self._silent, mine.get("step", 0), why))
+            raise SystemExit(chain.EXIT_CODE)
+        sys.stderr.write(f"dist-train: attempt {self._attempt} ended: {why}\n")
+        sys.stderr.flush()
+        self._attempt += 1
+        time.sleep(0 if began else chain.back_off(self._silent))
+
+    def close_status(self) -> None:
+        """Let status.json name the first cause, also of a death that no rank could write down."""
+        path = self._folder / "status.json"
+        status, cause = _read(path), chain.read(self._folder).cause
+        if status.get("chain") != self._chain or status.get("exit_code") in FINAL_CODES:
+            return
+        status |= {"state": "failed", "exit_code": 1, "time": time.time()}
+        if cause is not None:
+            status |= {"reason": cause.sentence(), "rank": cause.rank, "step": cause.step}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(status, indent=1))
+        temporary.replace(path)
+
+    def _why(self, code: int, local_rank: int) -> str:
+        """Return the sentence on who ended first, and record it if no rank could."""
+        if not self._folder.is_dir():
+            return f"local rank {local_rank} {_ending(code)}"
+        known = chain.cause_of(self._folder, self._chain, self._attempt)
+        if known is not None:
+            return known.sentence()
+        memory = chain.read(self._folder)
+        if not self._single or (memory.chain, memory.attempt) != (self._chain, self._attempt):
+            return f"local rank {local_rank} {_ending(code)} before it had joined the run"
+        how = _ending(code)
+        if code > 0 and local_rank in memory.witnesses:  # it only saw another one end
+            others = sorted(set(range(_local_ranks())) - set(memory.witnesses))
+            local_rank, how = (others or [local_rank])[0], "ended without a word"
+        crash = chain.crash_file(self._folder, self._attempt, local_rank)
+        if crash.is_file() and crash.stat().st_size:
+            how += f"; its stack is in {crash}"
+        cause = chain.Cause(
+            attempt=self._attempt,
+            rank=local_rank,
+            step=memory.seen_at if memory.witnesses else _step(self._folder),
+            kind="death",
+            message=how,
+        )
+        chain.record(self._folder, self._chain, cause)
+        return cause.sentence()
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL (kill -9, or the kernel for want of memory)"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code} and no word"
+
+
+def _once(handler: Callable[[int, FrameType | None], Any]) -> Callable[..., None]:
+    """Return a handler for the first signal only: the ranks are told once, then waited for."""
+    told = False
+
+    def calm(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            handler(number, frame)
+
+    return calm
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)  # no rank has been started
+
+
+def _local_ranks() -> int:
+    given = [word for word in sys.argv if word.startswith("--nproc-per-node=")]
+    return int(given[0].partition("=")[2]) if given else 1
+
+
+def _step(folder: Path) -> int:
+    return int(_read(folder / "status.json").get("step", 0))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The gradients of a step as one buffer: summed over the ranks at once, or in a fixed tree.
+
+A rank that failed poisons the sum with NaN: its peers need nothing else to learn of it.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.distributed import Ranks
+
+
+class Buffers:
+    """The module's buffers, remembered before a step: a failed one spoils running statistics."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.live = [b for b in module.buffers() if b.numel() > 0]
+        self.kept = [b.detach().clone() for b in self.live]
+
+    def remember(self) -> None:
+        """Copy the buffers, in one kernel."""
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+
+    def restore(self, bad: Tensor | None = None) -> None:
+        """Put back what was remembered; with `bad` (0-d), only where it is above 0."""
+        if bad is None and self.live:
+            torch._foreach_copy_(self.live, self.kept)  # pyright: ignore[reportPrivateImportUsage] # as above
+            return
+        for buffer, before in zip(self.live, self.kept, strict=True):
+            torch.where(bad > 0, before, buffer, out=buffer)  # type: ignore[operator] # not None here
+
+
+class Gradients(Protocol):
+    """How the gradients of the ranks' pieces become those of the global batch."""
+
+    loss_factor: float  # a loss is the sum over samples, times this / global batch
+    all_sent: bool  # whether the peers have all they wait for: too late to poison the sum
+
+    def begin(self) -> None:
+        """Start an attempt at a step. Collective, but only for overlapped buckets."""
+
+    def piece(self, *, last: bool) -> AbstractContextManager[None]:
+        """Return the context of one micro-batch's forward and backward."""
+        ...
+
+    def reduce(self, *, poison: bool) -> None:
+        """Finish the sum over the ranks; with `poison`, make it NaN for all. Collective."""
+
+    def give_up(self) -> None:
+        """Forget a failed attempt; all ranks call it, or none."""
+
+
+class FlatGradients:
+    """One contiguous buffer a dtype, of which every `param.grad` is a view; one all-reduce each."""
+
+    loss_factor = 1.0
+    all_sent = False
+
+    def __init__(self, params: list[nn.Parameter], ranks: Ranks) -> None:
+        self.params = params
+        self.buffers, self.views = flat_views(params)
+        self._ranks = ranks
+
+    def begin(self) -> None:
+        for buffer in self.buffers:
+            buffer.zero_()
+        self._attach_views()
+
+    def piece(self, *, last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def reduce(self, *, poison: bool) -> None:
+        self.collect()
+        if poison:
+            self.poison()
+        for buffer in self.buffers:
+            self._ranks.all_reduce(buffer)
+
+    def poison(self) -> None:
+        """Make this rank's contribution one that no peer can take for a gradient."""
+        for buffer in self.buffers:
+            buffer.fill_(math.nan)
+
+    def give_up(self) -> None:
+        return
+
+    def collect(self) -> None:
+        """Put back into the buffer what a model's own code may have replaced."""
+        for param, view in zip(self.params, self.views, strict=True):
+            if param.grad is not view:
+                view.copy_(param.grad) if param.grad is not None else view.zero_()
+                param.grad = view
+
+    def _attach_views(self) -> None:
+        for param, view in zip(self.params, self.views, strict=True):
+            param.grad = view
+
+
+class TreeGradients:
+    """Sums the gradients of `num_shards` shards in one binary tree, whatever the number of ranks.
+
+    A rank adds up its own subtree; then pairs of ranks exchange and add (recursive doubling). The
+    order of additions is that of the tree, so the sum's bits do not depend on the ranks. Running
+    statistics belong to the shard: each starts from the step's own, and their mean over the
+    shards, from the same tree, is what the step leaves behind.
+    """
+
+    loss_factor = 1.0
+    all_sent = False
+
+    def __init__(
+        self, params: list[nn.Parameter], ranks: Ranks, buffers: Buffers, num_shards: int
+    ) -> None:
+        self._flat = FlatGradients(params, ranks)
+        self._ranks = ranks
+        self._state = buffers
+        self._num_shards = num_shards
+        self._statistics = [b for b in buffers.live if b.is_floating_point()]
+        stat_buffers, self._stat_views = flat_views(self._statistics)
+        self._sums = [*self._flat.buffers, *stat_buffers]  # what goes through the tree
+        self._spare: list[list[Tensor]] = []
+        self._tree: list[tuple[int, list[Tensor]]] = []  # (level, subtree's sum), left to right
+
+    def begin(self) -> None:
+        self._clear()
+        self._flat.begin()
+
+    @contextlib.contextmanager
+    def piece(self, *, last: bool) -> Iterator[None]:
+        self._state.restore()
+        self._flat.begin()
+        yield
+        self._flat.collect()
+        for view, statistic in zip(self._stat_views, self._statistics, strict=True):
+            view.copy_(statistic)
+        self._add_leaf()
+
+    def reduce(self, *, poison: bool) -> None:
+        if poison:
+            self._clear()
+            for buffer in self._sums:
+                buffer.fill_(math.nan)
+        else:
+            [(_, total)] = self._tree  # a power of two of leaves makes one subtree
+            for buffer, value in zip(self._sums, total, strict=True):
+                buffer.copy_(value)
+            self._clear()
+        distance = 1
+        while distance < self._ranks.world_size:
+            self._exchange(self._ranks.rank ^ distance)
+            distance *= 2
+        for view, statistic in zip(self._stat_views, self._statistics, strict=True):
+            statistic.copy_(view / self._num_shards)
+
+    def give_up(self) -> None:
+        self._clear()
+
+    def _add_leaf(self) -> None:
+        """Add the shard at hand to the tree, joining subtrees of equal height."""
+        level, right = 0, self._sums
+        while self._tree and self._tree[-1][0] == level:
+            _, left = self._tree.pop()
+            torch._foreach_add_(left, right)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+            if right is not self._sums:
+                self._spare.append(right)
+            level, right = level + 1, left
+        if right is self._sums:
+            right = self._spare.pop() if self._spare else [torch.empty_like(b) for b in right]
+            for kept, value in zip(right, self._sums, strict=True):
+                kept.copy_(value)
+        self._tree.append((level, right))
+
+    def _exchange(self, partner: int) -> None:
+        """Add the partner's sums to ours: a + b has the bits of b + a."""
+        for buffer in self._sums:
+            buffer.add_(self._ranks.exchange(buffer, partner))
+
+    def _clear(self) -> None:
+        self._spare += [total for _, total in self._tree]
+        self._tree.clear()
+
+
+def flat_views(tensors: list[Tensor] | list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (zeroed buffers, one a dtype; for each tensor its view of one).
+
+    A view has its tensor's own strides: fused optimizers take matching layouts only.
+    """
+    members: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        members.setdefault(tensor.dtype, []).append(tensor)
+    buffers, views = [], {}
+    for dtype, group in members.items():
+        size = sum(t.numel() for t in group)
+        buffer = torch.zeros(size, dtype=dtype, device=group[0].device)
+        first = 0
+        for tensor in group:
+            views[id(tensor)] = buffer.as_strided(tensor.size(), tensor.stride(), first)
+            first += tensor.numel()
+        buffers.append(buffer)
+    return buffers, [views[id(t)] for t in tensors]

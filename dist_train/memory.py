@@ -1,0 +1,120 @@
+"""How much memory a step takes, and how much there is."""
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import Config
+
+# RuntimeErrors that mean that memory is short, from allocators that know no OutOfMemoryError.
+SHORT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+SAFETY = 0.9  # of what was found to fit: allocators fragment, pictures differ
+CGROUP_FILES = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether an exception means that memory was short and the process is otherwise sound."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in SHORT_OF_MEMORY)
+
+
+def memory_in_use(device: torch.device) -> str:
+    """Return how much memory this process holds, as text for a log."""
+    if device.type == "cuda":
+        return torch.cuda.memory_summary(device, abbreviated=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
+    return f"peak resident memory {peak:.2f} GiB"
+
+
+def bytes_per_sample(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    """Return what autograd keeps of one picture in fp32; runs a forward of two zeros."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = list(model.parameters())
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.zeros(2, *image_shape, device=parameters[0].device)).sum()
+    return sum(n for pointer, n in kept.items() if pointer not in weights) / 2
+
+
+def estimate_memory(
+    model: nn.Module, image_shape: tuple[int, int, int], micro: int, precision: str, config: Config
+) -> int:
+    """Return the bytes of a training step: parameters, and what autograd keeps of one picture."""
+    activations = bytes_per_sample(model, image_shape) * micro
+    activations *= 0.5 if precision != "fp32" else 1.0
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.name]
+    copies = 2 + states + (config.optim.ema_decay is not None)
+    return int(size * copies + activations)
+
+
+def host_memory_left() -> int:
+    """Return the bytes that this machine, or this container, can still give out (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    left = fields["MemAvailable"]
+    for file in CGROUP_FILES:
+        limit = _number(Path(file))
+        used = _number(Path(file).with_name("memory.current"))
+        if limit is not None:
+            left = min(left, limit - (used or 0))
+    return max(0, left)
+
+
+def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
+    """Return the largest size up to `most` that `attempt` survives; 1 at least, unproven.
+
+    Doubles down and then closes in to within an eighth. What is found below `most` is cut by
+    SAFETY.
+    """
+
+    def fits(size: int) -> bool:
+        try:
+            attempt(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None
+        else:
+            return True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False
+
+    if fits(most):
+        return most
+    bad, good = most, most // 2
+    while good > 1 and not fits(good):
+        bad, good = good, good // 2
+    while bad - good > max(1, good // 8):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return max(1, int(SAFETY * good))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    value = int(text) if text.isdigit() else None
+    return value if value is not None and value < os.sysconf("SC_PHYS_PAGES") * 4096 * 2 else None

@@ -1,0 +1,131 @@
+"""The saves of a run on rank 0: when, what is told of them, and how the last one ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dist_train.checkpoint_folder import list_checkpoints, step_of
+from dist_train.checkpoint_upkeep import set_aside_after
+from dist_train.checkpoint_writer import CheckpointWriter, SaveCost
+from dist_train.config import CheckpointConfig
+from dist_train.run_folder import RunFolder
+from dist_train.save_period import SavePeriod
+
+# How long the last save of a run is tried again: a stop must be over before the grace period of
+# whoever asked for it (torchrun: 30 s); at the end nobody waits.
+STOP_RETRY_SEC, END_RETRY_SEC = 10.0, 60.0
+
+
+class SaveFailedError(OSError):
+    """The run is over and its last checkpoint could not be written."""
+
+
+class Saves:
+    """Writes a run's checkpoints and speaks of what became of them. Not collective."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        folder: RunFolder,
+        *,
+        num_ranks: int,
+        earlier: tuple[int, float],
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Open the writer.
+
+        Args:
+            config: how often, how many.
+            folder: where, and where events go.
+            num_ranks: of the run.
+            earlier: attempts of this run that died, and how long they lasted together.
+            say: shows a line.
+            warn: shows a line that nobody misses.
+        """
+        self._folder = folder
+        self._say, self._warn = say, warn
+        self._step = 0  # of the last boundary
+        self._writer = CheckpointWriter(
+            folder.checkpoints,
+            keep_last=config.keep_last,
+            on_saved=lambda step: folder.event("saved", step=step),
+            on_error=lambda text: self._tell("save_failed", text),
+            on_recovered=lambda text: self._tell("save_recovered", text),
+        )
+        self._period: SavePeriod | None = None
+        if config.every_steps == "auto":
+            failures, lasted_sec = earlier
+            self._period = SavePeriod(
+                num_ranks, config.mtbf_hours, failures=failures, failing_sec=lasted_sec
+            )
+        self._decided_on: SaveCost | None = None
+        self._period_told = self._put_off_told = False
+        self.wait, self.close = self._writer.wait, self._writer.close
+
+    @property
+    def any_saved(self) -> bool:
+        """Whether this attempt has saved anything."""
+        return self._writer.last_saved is not None
+
+    def wanted(self, step: int) -> bool:
+        """Say whether a save is asked for at this boundary, and tell what became of the last."""
+        self._step = step
+        wanted = self._writer.wants_save
+        if self._period is None:
+            return wanted
+        cost = self._writer.cost
+        if cost is not None and cost is not self._decided_on:
+            self._decided_on = cost
+            reason = self._period.decide(cost.stall_sec, cost.thread_sec)
+            if not self._period_told:
+                self._period_told = True
+                self._say(reason)
+                period_sec = round(self._period.period_sec, 3)
+                self._folder.event("save_period", step=step, period_sec=period_sec, reason=reason)
+        return wanted or (self._period.is_due and not self._writer.is_busy)
+
+    def save(self, state: dict[str, Any], *, step: int, best_step: int | None, must: bool) -> None:
+        """Save `state`, or put it off while the save before it is being written, unless `must`."""
+        self._step = step
+        if self._writer.save(state, step=step, best_step=best_step, must=must):
+            if self._period is not None:
+                self._period.begin()
+        elif self._writer.is_writing:  # else a failed one is to be tried again, and was told
+            self._folder.event("save_put_off", step=step)
+            if not self._put_off_told:
+                self._put_off_told = True
+                self._warn(
+                    f"the save of step {step} is put off: the one before it is still being "
+                    "written; save less often (checkpoint.every_steps) or to a faster disk"
+                )
+
+    def finish(self, step: int, what: str, *, retry_sec: float) -> None:
+        """Wait for the last save, trying it again for `retry_sec` if it fails.
+
+        Raises:
+            SaveFailedError: it failed all that time.
+        """
+        if self._writer.wait(retry_sec):
+            return
+        good = self._writer.last_saved
+        behind = "this attempt saved none before"
+        if good is not None:
+            behind = f"the newest one is of step {good}, {step - good} steps earlier"
+        raise SaveFailedError(
+            f"{what} at step {step}, and its last checkpoint could not be saved "
+            f"({self._writer.last_error}): {behind}. Mend the disk of {self._folder.checkpoints} "
+            "and give the same command again"
+        )
+
+    def set_aside_after(self, step: int) -> None:
+        """Take the checkpoints after `step` out of what a resume may find."""
+        self.wait()
+        steps = [s for s in map(step_of, list_checkpoints(self._folder.checkpoints)) if s > step]
+        kept = set_aside_after(self._folder.checkpoints, step)
+        if steps:
+            names = [path.name for path in kept]
+            self._folder.event("checkpoints_set_aside", step=step, steps=steps, kept=names)
+
+    def _tell(self, kind: str, text: str) -> None:
+        self._warn(text)
+        self._folder.event(kind, step=self._step, reason=text)

@@ -1,0 +1,150 @@
+"""From the configuration to the first step: the parts, the micro-batch that fits, a trial run."""
+
+import torch
+from torch import Tensor
+
+from dist_train.build import autocast, build_model, checked_logits, precision_in_force
+from dist_train.config import Config
+from dist_train.data.batch import Batch
+from dist_train.data.loaders import Data
+from dist_train.drift import DriftCheck
+from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
+from dist_train.nonfinite import NonFiniteGuard
+from dist_train.optim import Ema, build_optimizer
+from dist_train.order import micro_batches, shards
+from dist_train.parallel import Replica
+from dist_train.plan import Plan
+from dist_train.recovery import Recovery
+from dist_train.run import Run
+from dist_train.state import Parts
+from dist_train.tasks import classification as task
+
+
+def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
+    """Make everything that a step works with. Collective.
+
+    Raises:
+        ConfigError: the model cannot be made; on all ranks.
+    """
+    ranks = run.ranks
+    precision, notice = precision_in_force(config, ranks.device)
+    run.warn(data.notice, plan.notice, notice)
+    model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
+    replica = Replica(model, ranks, config)
+    if replica.form == "overlap" and not replica.recoverable:
+        run.warn(
+            "parallel.sync=overlap: a rank that runs out of memory or raises in a step ends the "
+            f"run, as recovery is not proven for torch {torch.__version__} on these devices; "
+            "parallel.sync=flat recovers"
+        )
+    optimizer = build_optimizer(replica.module, config.optim)
+    scaler = torch.amp.GradScaler(ranks.device.type) if precision == "fp16" else None
+    if scaler is not None:
+        scaler.scale(torch.zeros((), device=ranks.device))  # makes its tensors now
+    ema = None if config.optim.ema_decay is None else Ema(replica.module, config.optim.ema_decay)
+    guard = NonFiniteGuard(replica.buffers, optimizer, scaler, config.guards, ranks.device)
+    named = [(n, p) for n, p in replica.module.named_parameters() if p.requires_grad]
+    return Parts(
+        config=config,
+        plan=plan,
+        replica=replica,
+        optimizer=optimizer,
+        scaler=scaler,
+        ema=ema,
+        guard=guard,
+        recovery=Recovery(config, replica, guard, remember=run.chain.remember_micro_batch),
+        drift=DriftCheck(ranks, named, optimizer, ema, every=config.guards.drift_every),
+        precision=precision,
+        num_classes=data.num_classes,
+    )
+
+
+def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
+    """Find the largest micro-batch that fits on every rank, if train.micro_batch_size=auto.
+
+    Each rank tries for itself, without any collective, and the smallest answer counts. On a GPU
+    forward and backward are tried; a CPU never refuses memory, so there the need is estimated and
+    compared with what the machine has left. Collective; a resumed run keeps what it had.
+    """
+    config, ranks, module = parts.config, parts.replica.ranks, parts.replica.module
+    known, remembered = parts.recovery.micro_batch_size, run.chain.micro_batch_size
+    if remembered is not None:  # an attempt before this one was short of memory
+        parts.recovery.micro_batch_size = min(remembered, known or remembered)
+    if config.train.micro_batch_size != "auto" or parts.recovery.micro_batch_size is not None:
+        return
+    cuda = [ranks.device] if ranks.device.type == "cuda" else []
+    whole = -(-parts.plan.global_batch_size // ranks.world_size)
+
+    def attempt(size: int) -> None:
+        parts.replica.buffers.remember()
+        with torch.random.fork_rng(devices=cuda):
+            images, labels = _blank(data, size, ranks.device)
+            with autocast(parts.precision, ranks.device):
+                logits = module(images)
+            loss = task.loss_sum(logits, Batch(images=images, labels=labels))
+            torch.autograd.grad(loss, parts.replica.params, allow_unused=True)
+        parts.replica.buffers.restore()
+
+    def find() -> int:
+        if ranks.device.type == "cuda":
+            return largest_that_fits(whole, attempt)
+        parts.replica.buffers.remember()
+        each = bytes_per_sample(module, data.loader.image_shape)
+        parts.replica.buffers.restore()
+        budget = SAFETY * host_memory_left() / ranks.local_world_size
+        return max(1, min(whole, int(budget / max(1.0, each))))
+
+    sizes = ranks.gather(ranks.together(find))
+    parts.recovery.micro_batch_size = min(sizes)
+    run.note(
+        {
+            "event": "micro_batch_size",
+            "step": 0,
+            "say": f"train.micro_batch_size=auto: {min(sizes)} of a share of {whole}",
+            "sizes": sizes,
+        }
+    )
+
+
+def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
+    """Run forward and backward once at the real shapes and leave no trace. Collective.
+
+    DDP rebuilds its buckets after its first iteration and then sums in another order: without
+    this a resumed run would differ in bits. It also warms the communicator, and finds before
+    anything is trained a model that does not fit the data, or a micro-batch the memory.
+    """
+    replica, ranks = parts.replica, parts.replica.ranks
+    replica.buffers.remember()
+    with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
+        repeat = True
+        while repeat:
+            failure = None
+            replica.gradients.begin()
+            try:
+                _forward_backward(parts, data)
+            except Exception as error:
+                failure = parts.recovery.contain(error)
+            replica.reduce(poison=failure is not None)
+            repeat = parts.recovery.trial(failure, step)
+    replica.gradients.begin()
+    replica.buffers.restore()
+
+
+def _forward_backward(parts: Parts, data: Data) -> None:
+    config, ranks, replica = parts.config.train, parts.replica.ranks, parts.replica
+    batch = parts.plan.global_batch_size
+    pieces = micro_batches(-(-batch // ranks.world_size), parts.recovery.micro_batch_size)[:1]
+    if config.order == "fixed":
+        pieces = shards(batch, ranks.rank, ranks.world_size, config.num_shards)
+    for first, last in pieces:
+        images, labels = _blank(data, last - first, ranks.device)
+        with replica.gradients.piece(last=(first, last) == pieces[-1]):
+            logits = checked_logits(replica, images, data.num_classes, parts.config.model.factory)
+            task.loss_sum(logits, Batch(images=images, labels=labels)).backward()
+
+
+def _blank(data: Data, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return zeros in the shapes of a batch: images (size, c, h, w) float32, labels (size,)."""
+    images = torch.zeros((size, *data.loader.image_shape), device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images, torch.zeros(size, dtype=torch.int64, device=device)

@@ -1,0 +1,161 @@
+"""Start torchrun, pass signals on, leave no process behind, and answer with the run's own code."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dist_train.config.arguments import (
+    RUN_DIR_VARIABLE,
+    VERDICT_VARIABLE,
+    print_error,
+    stop_with_parent,
+)
+
+CHAIN_VARIABLE = "DIST_TRAIN_CHAIN"
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+INTERRUPTS_TO_QUIT = 3
+SAVE_SEC = 120  # for a save after a signal; torchrun's own limit is 30 s
+TIDY_SEC = 120.0  # from status.json's "finished" to the end of torchrun
+INTERRUPTED = 130
+
+
+def supervise(command: list[str], environment: dict[str, str], run_dir: Path) -> int:
+    """Run torchrun until it ends; returns the exit code of the run.
+
+    Args:
+        command: torchrun's, which starts the ranks.
+        environment: theirs.
+        run_dir: where the ranks of this machine write status.json, if they do.
+    """
+    chain = uuid.uuid4().hex[:12]
+    with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
+        verdict = Path(folder) / "verdict.json"
+        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SEC)} | environment
+        environment |= {VERDICT_VARIABLE: str(verdict), CHAIN_VARIABLE: chain}
+        environment[RUN_DIR_VARIABLE] = str(run_dir.absolute())
+        # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
+        torchrun = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=stop_with_parent
+        )
+        heard = _Signals(torchrun)
+        before = {number: signal.signal(number, heard.take) for number in STOPS}
+        try:
+            code = _wait(torchrun, heard, run_dir, chain)
+            _clear(chain, at_once=heard.impatient)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        told = _read(verdict)
+    if told:
+        print_error(told["reason"])
+        return told["exit_code"]
+    return _answer(_read(run_dir / "status.json"), chain, code, heard)
+
+
+class _Signals:
+    """Passes the first stop signal on to torchrun; the third Ctrl-C quits without saving."""
+
+    def __init__(self, torchrun: "subprocess.Popen[bytes]") -> None:
+        self._torchrun = torchrun
+        self._interrupts = 0
+        self.stopped = False
+
+    @property
+    def impatient(self) -> bool:
+        return self._interrupts >= INTERRUPTS_TO_QUIT
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self.impatient:
+            self._torchrun.kill()
+        elif not self.stopped:
+            self._torchrun.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        self.stopped = True
+
+
+def _wait(torchrun: "subprocess.Popen[bytes]", heard: _Signals, run_dir: Path, chain: str) -> int:
+    """Wait for torchrun; end it if it stays when the run is over."""
+    over_since: float | None = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return torchrun.wait(timeout=1.0)
+        status = _read(run_dir / "status.json")
+        over = status.get("chain") == chain and status.get("state") in ("finished", "preempted")
+        if not over:
+            over_since = None
+        elif over_since is None:
+            over_since = time.monotonic()
+        elif time.monotonic() - over_since > TIDY_SEC:
+            print_error(f"the run is {status['state']}, but its ranks do not end: they are killed")
+            torchrun.kill()
+            _kill(chain)
+
+
+def _clear(chain: str, *, at_once: bool) -> None:
+    """Wait for ranks that torchrun left behind: they save and end; kill those that do not."""
+    end = time.monotonic() + (0 if at_once else SAVE_SEC)
+    while _ranks_of(chain) and time.monotonic() < end:
+        time.sleep(0.1)
+    _kill(chain)
+
+
+def _kill(chain: str) -> None:
+    for rank in _ranks_of(chain):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+
+
+def _ranks_of(chain: str) -> list[int]:
+    """Return the live processes of this machine that are ranks of `chain`."""
+    found = []
+    mark = f"{CHAIN_VARIABLE}={chain}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # another user's, or gone
+            continue
+        # What ranks start themselves (loader workers, W&B's process) ends with them or after them.
+        if mark in variables and {b"dist_train", b"dist_train.rehearsal"} & set(words):
+            found.append(int(entry.name))
+    return found
+
+
+def _answer(status: dict[str, Any], chain: str, code: int, heard: _Signals) -> int:
+    """Return the exit code: what status.json says of this start, else torchrun's."""
+    if heard.impatient:
+        print_error("quit without saving: the same command continues from the last checkpoint")
+        return INTERRUPTED
+    killed = code < 0
+    code = 128 - code if killed else code
+    if status.get("chain") != chain:
+        if heard.stopped or code - 128 in STOPS:
+            sys.stdout.write("stopped before the start: the same command continues\n")
+            return 0
+        return code
+    final = status.get("exit_code")
+    if killed and not heard.stopped and status["state"] != "finished":
+        print_error(
+            f"torchrun was killed by {signal.Signals(code - 128).name}; the run is "
+            f"{status['state']} at step {status['step']}: the same command continues"
+        )
+        return code
+    if status["state"] == "failed":
+        print_error(str(status.get("reason")))
+    return code if final is None else int(final)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
