@@ -1,0 +1,145 @@
+"""What the guards cost a healthy step: the same loop with and without them, paired in one process.
+
+    torchrun --standalone --nproc-per-node=2 benchmarks/guard_overhead.py
+
+Without means: buffers not remembered, the norm not read, no heartbeats, replicas not compared; the
+watchdog's process (0.2 % of a core) runs in both. Blocks of steps with and without alternate, the
+order drawn anew for each pair; a ratio is of one pair, so that what else the machine does meets
+both alike.
+"""
+
+import contextlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dist_train.claim import open_run
+from dist_train.config.compose import compose
+from dist_train.data.feed import Feed
+from dist_train.data.loaders import open_data
+from dist_train.distributed import start_ranks
+from dist_train.heartbeat import Pulse
+from dist_train.order import GlobalOrderSampler
+from dist_train.plan import make_plan
+from dist_train.start import build_parts, throw_away_step
+from dist_train.train import train_step
+from dist_train.watchdog import watch
+
+CASES = {
+    "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
+    "ResNet-9 width 16, batch 64": (
+        "model=resnet9 model.args.width=16",
+        "train.global_batch_size=64",
+        4,
+        30,
+    ),
+}
+
+
+class Silent(Pulse):
+    """Writes nothing."""
+
+    def _write(self, waits: int, number: int | None = None, step: int = 0) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def without_guards(parts: Any) -> Iterator[None]:
+    """Take the guards out of a step."""
+    buffers, recovery = parts.replica.buffers, parts.recovery
+    remember, decide = buffers.remember, recovery.decide
+    buffers.remember = lambda: None
+    recovery.decide = lambda norm, failure, step: "apply"
+    try:
+        yield
+    finally:
+        buffers.remember, recovery.decide = remember, decide
+
+
+def measure(name: str) -> dict[str, Any] | None:
+    """Return rank 0's figures for one case."""
+    model, batch, steps, pairs = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["experiment=cifar10_tutorial", "data=synthetic", *model.split(), batch]
+        config = compose(
+            [*words, f"run_dir={folder}/run", "optim.clip_norm=1", "device=cpu"]
+        ).config
+        with start_ranks(config) as ranks, open_run(config, ranks) as run:
+            data = open_data(config, ranks)
+            plan = make_plan(config, data.num_train)
+            with watch(config, ranks, run.path, run.warn):
+                parts = build_parts(config, plan, data, run)
+                throw_away_step(parts, data, step=0)
+                sampler = GlobalOrderSampler(
+                    data.num_train,
+                    global_batch_size=plan.global_batch_size,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                    seed=0,
+                )
+                ratios, sec = _pairs(parts, Feed(data.loader, sampler, 10**9), steps, pairs)
+            parts.replica.close()
+        if ranks.rank != 0:
+            return None
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return {
+            "case": name,
+            "ranks": ranks.world_size,
+            "pairs": pairs,
+            "steps_a_block": steps,
+            "step_ms_without": 1e3 * sec,
+            "overhead_percent": 100 * (middle - 1),
+            "quartiles_percent": [100 * (low - 1), 100 * (high - 1)],
+            "torch": str(torch.__version__),
+        }
+
+
+def _pairs(parts: Any, feed: Feed, steps: int, pairs: int) -> tuple[list[float], float]:
+    """Return the ratios with/without of each pair of blocks, and the seconds of a step without."""
+    order = random.Random(0)  # the same on all ranks: they step together
+    ranks, every = parts.replica.ranks, parts.config.guards.drift_every
+    silent = Silent()
+    real = ranks.pulse
+    step, ratios, bare = 0, [], []
+
+    def block(guarded: bool) -> float:
+        """Return the seconds of a block of steps."""
+        nonlocal step
+        object.__setattr__(ranks, "pulse", real if guarded else silent)
+        ranks.barrier()
+        start, check = time.perf_counter(), 0.0
+        with contextlib.nullcontext() if guarded else without_guards(parts):
+            for _ in range(steps):
+                train_step(parts, feed, step=step)
+                step += 1
+            if guarded:  # its share of a comparison every `drift_every` steps
+                begun = time.perf_counter()
+                parts.drift.check(step)
+                check = time.perf_counter() - begun
+        spent = time.perf_counter() - start
+        return spent - check * (1 - steps / every)
+
+    for guarded in (True, False, True, False):  # warm
+        block(guarded)
+    for _ in range(pairs):
+        first = order.random() < 0.5
+        one, two = block(first), block(not first)
+        guarded, without = (one, two) if first else (two, one)
+        ratios.append(guarded / without)
+        bare.append(without / steps)
+    object.__setattr__(ranks, "pulse", real)
+    return ratios, statistics.median(bare)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:] or CASES:
+        found = measure(case)
+        if found is not None:
+            print(json.dumps(found, indent=1))
