@@ -211,6 +211,11 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def single_process() -> Ranks:
+    """Return one CPU process without a launcher: for what looks at data and model only."""
+    return _ranks(Layout(launcher="single"), torch.device("cpu"), None)
+
+
 def shorten_timeouts(ranks: Ranks, seconds: float) -> None:
     """After the first step: a collective that takes this long is a failure, not a slow start."""
     if ranks.control is None:

@@ -10,7 +10,7 @@ from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
 from dist_train.data.loaders import open_data
 from dist_train.device import threads_asked, threads_of
-from dist_train.distributed import Ranks
+from dist_train.distributed import single_process
 from dist_train.layout import detect_layout
 from dist_train.memory import estimate_memory
 from dist_train.optim import peak_learning_rate
@@ -29,17 +29,7 @@ def describe(config: Config) -> str:
     layout = detect_layout(os.environ)
     world_size = int(os.environ.get(RANKS_VARIABLE, layout.world_size))
     check_world(config, world_size)
-    alone = Ranks(
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        local_world_size=1,
-        attempt=0,
-        launcher="single",
-        chain="",
-        device=torch.device("cpu"),
-        control=None,
-    )
+    alone = single_process()
     data = open_data(config, alone)
     plan = make_plan(config, data.num_train)
     model = build_model(config, data.num_classes, alone)

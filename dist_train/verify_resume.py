@@ -30,7 +30,7 @@ from dist_train.config.arguments import (
 from dist_train.config.check import check_world
 from dist_train.data.loaders import open_data
 from dist_train.differences import Difference, compare, moved_generators
-from dist_train.distributed import Ranks
+from dist_train.distributed import single_process
 from dist_train.plan import Plan, make_plan
 from dist_train.rehearsal import FAULT_VARIABLE, NOTES_VARIABLE, Fault, Place
 
@@ -104,7 +104,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     num_ranks = options.nproc if options.nproc is not None else gpus or 2
     check_world(config, num_ranks)
-    data = open_data(config, _alone())
+    data = open_data(config, single_process())
     plan = make_plan(config, data.num_train)
     steps = options.steps or plan.steps_per_epoch + STEPS_BEYOND_EPOCH
     if steps < options.kills + MARGIN_STEPS + 1:
@@ -139,20 +139,6 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
         num_ranks=num_ranks,
         folder=folder,
         faults=faults,
-    )
-
-
-def _alone() -> Ranks:
-    return Ranks(
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        local_world_size=1,
-        attempt=0,
-        launcher="single",
-        chain="",
-        device=torch.device("cpu"),
-        control=None,
     )
 
 

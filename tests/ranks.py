@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,9 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     ["torch", "torch.distributed", "torchvision", "dist_train.train", "tests.nets", "tests.faults"]
 )
+
+FIRST_PORT, NUM_PARTS, PORTS_EACH = 10_000, 40, 500  # Linux's outgoing ones begin at 32,768
+OFFSETS = itertools.cycle(range(PORTS_EACH))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +100,18 @@ def start_ranks_of(
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that nobody else takes before it is used.
+
+    Below the range that outgoing connections take theirs from, and from a part of that which this
+    process has for itself.
+    """
+    first = FIRST_PORT + os.getpid() % NUM_PARTS * PORTS_EACH
+    for _ in range(PORTS_EACH):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = first + next(OFFSETS)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"ports {first} to {first + PORTS_EACH - 1} are all taken")
 
 
 def _rank(

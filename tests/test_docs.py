@@ -1,11 +1,8 @@
 """Links in the Markdown files lead somewhere, and the README's tree is the tree."""
 
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -15,15 +12,16 @@ LISTED = ("dist_train/", "launch/", "slurm/", "benchmarks/")  # file by file in 
 FOLDERS = ("configs", "tests", "benchmarks/results")  # one line each
 
 
-def tracked_files() -> list[str]:
-    """Return the repository's files; without git (a source archive) there is nothing to compare."""
-    try:
-        listed = subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a source archive has no list of files to hold the README's tree against")
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+def project_files() -> list[str]:
+    """Return the paths of the files in the project's folders, and of the pages beside them."""
+    found = [path for name in (*LISTED, *FOLDERS) for path in (ROOT / name).rglob("*")]
+    pages = ROOT.glob("*.md")
+    made = ("__pycache__", ".egg-info")  # by running it
+    return [
+        str(path.relative_to(ROOT))
+        for path in (*found, *pages)
+        if path.is_file() and not any(part.endswith(made) for part in path.parts)
+    ]
 
 
 def anchors(markdown: str) -> set[str]:
@@ -52,7 +50,7 @@ def tree_of(readme: str) -> list[str]:
 
 
 def test_every_relative_link_and_anchor_leads_somewhere() -> None:
-    for name in tracked_files():
+    for name in project_files():
         if not name.endswith(".md"):
             continue
         page = ROOT / name
@@ -72,7 +70,7 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     for path in tree:
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     wanted = {f"{folder}/" for folder in FOLDERS}
-    for name in tracked_files():
+    for name in project_files():
         if name.startswith(LISTED) and not name.startswith(FOLDERS):
             wanted |= {f"{parent}/" for parent in Path(name).parents if parent != Path()}
             # An __init__.py is what its folder's line says.
@@ -82,6 +80,6 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 
 
 def test_documents_are_ascii() -> None:
-    for name in tracked_files():
+    for name in project_files():
         if name.endswith(".md"):
             assert (ROOT / name).read_text().isascii(), name
