@@ -108,7 +108,7 @@ def _train_on(
     meter.start(progress.step)
     for step in traced(range(progress.step, last_step), config.profile, run.path, ranks):
         sums = train_step(parts, feed, step=step, generation=progress.generation)
-        progress.samples_seen += sampler.take(step).global_size
+        progress.samples_seen += feed.take(step).global_size
         progress.step = step + 1
         meter.add(sums)
         _settle(parts, feed, progress, run)

@@ -1,6 +1,7 @@
 """All rows of the campaign, in the order of its table."""
 
 from benchmarks.reliability import (
+    rows_cable,
     rows_checkpoint,
     rows_crafted,
     rows_crash,
@@ -33,6 +34,7 @@ def _place(row: Row) -> tuple[int, int]:
 ROWS: tuple[Row, ...] = tuple(
     sorted(
         (
+            *rows_cable.ROWS,
             *rows_checkpoint.ROWS,
             *rows_crafted.ROWS,
             *rows_crash.ROWS,

@@ -11,13 +11,6 @@ ROWS = (
         needs="a real SLURM cluster",
     ),
     Row(
-        id="N1",
-        promise="a short cut of the network is survived, a long one is noticed within 10 s, and "
-        "the run resumes when it heals; delay and loss change no bit",
-        injection="cuts of 3 s and 60 s, 100 ms delay, 5 % loss between network namespaces",
-        num_trials=10,
-    ),
-    Row(
         id="O2",
         promise="a loader worker killed for memory is named and recovered from like a dead rank",
         injection="the kernel kills a loader worker in a small cgroup",
