@@ -60,7 +60,7 @@ class Row:
     small_minutes: float | None = None  # a long trial's length there
     faults: int = 1  # injected by each trial
     limit_sec: float = 240.0
-    needs: str = ""  # beyond what the tests need: "root", "libfaketime" ...
+    needs: str = ""  # beyond what the tests need: such as "root"
     cannot_run: Callable[[], str | None] = lambda: None  # why this machine cannot, or None
     promised: bool = True  # False: the table reports the share of `noticed` faults instead
     known: str = ""  # why it is known to fail: told, and no news to continuous integration
