@@ -1,4 +1,4 @@
-"""Row O1: memory that is short on one rank."""
+"""Rows O: memory that is short on one rank, or in one of its loader workers."""
 
 import time
 from dataclasses import asdict
@@ -6,8 +6,17 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.reliability.clean import events_of, lines_of
-from benchmarks.reliability.in_ranks import called, how_it_ended
+from benchmarks.reliability.greedy import (
+    GROUP_VARIABLE,
+    LIMIT_BYTES,
+    MARK_VARIABLE,
+    small_group,
+    why_no_group,
+)
+from benchmarks.reliability.in_ranks import called, how_it_ended, wait_until
+from benchmarks.reliability.in_torchrun import launched, time_of_attempt
 from benchmarks.reliability.row import Row, Trial, check
+from benchmarks.reliability.rows_crash import SHORT, check_end
 from tests.settings import small
 from tests.step_faults import StepFault
 from tests.test_step_failures import NUM_STEPS, SETTINGS, follow
@@ -61,6 +70,32 @@ def o1(trial: Trial) -> float | None:
     return sec
 
 
+def o2(trial: Trial) -> float | None:
+    """The kernel kills a loader worker; `dist-train run` starts the ranks again."""
+    words = (*SHORT, "data.name=benchmarks.reliability.greedy:GreedyPictures")
+    words += (f"data.args={{greedy: {trial.dice.randrange(200)}}}", "data.val_fraction=0")
+    words += ("data.loader=workers", "data.num_workers=1", "data.image_size=12")
+    words += ("eval.every_epochs=null",)
+    mark = trial.folder / "fired"
+    with small_group() as group:
+        env = {GROUP_VARIABLE: str(group), MARK_VARIABLE: str(mark)}
+        with launched(
+            trial, words, nproc=2, max_restarts=1, launcher="dist-train", env=env
+        ) as tree:
+            wait_until(lambda: mark.exists() and mark.read_text(), "nobody is greedy")
+            since = time.time()
+            trial.fired = True
+            check_end(trial, tree, 2, words)
+    worker = mark.read_text()
+    told = [line for line in tree.output.splitlines() if f"(pid(s) {worker})" in line]
+    told += [line for line in tree.output.splitlines() if f"worker (pid {worker})" in line]
+    check(told, f"worker {worker} is not named: {tree.tail()}")
+    trial.notes["told"] = told[0][:200]
+    back = time_of_attempt(tree.run_dir, 1)
+    check(back is not None, "there was no second attempt")
+    return None if back is None else back - since
+
+
 ROWS = (
     Row(
         id="O1",
@@ -71,5 +106,15 @@ ROWS = (
         num_trials=30,
         measures="the whole run",
         work=o1,
+    ),
+    Row(
+        id="O2",
+        promise="a loader worker killed for memory is named and recovered from like a dead rank",
+        injection=f"the kernel kills a loader worker in a control group of {LIMIT_BYTES >> 20} MiB",
+        num_trials=10,
+        measures="from the kill to the next step",
+        work=o2,
+        needs="root, for control groups",
+        cannot_run=why_no_group,
     ),
 )

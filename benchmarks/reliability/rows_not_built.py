@@ -10,11 +10,4 @@ ROWS = (
         num_trials=10,
         needs="a real SLURM cluster",
     ),
-    Row(
-        id="O2",
-        promise="a loader worker killed for memory is named and recovered from like a dead rank",
-        injection="the kernel kills a loader worker in a small cgroup",
-        num_trials=10,
-        needs="a control group of its own with a limit of memory",
-    ),
 )

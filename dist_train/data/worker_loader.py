@@ -1,6 +1,9 @@
 """Batches through torch's DataLoader: for pictures that do not fit in memory or are uneven."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
@@ -90,6 +93,7 @@ class WorkerLoader:
             pin_memory=self._device.type == "cuda",
             # a fork after torch has started its threads may deadlock
             multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=_end_for_own_rank if workers else None,
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
@@ -107,6 +111,20 @@ class WorkerLoader:
         if images.dtype == torch.uint8:
             images = (images.float() - self._mean) / self._std
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def _end_for_own_rank(_number: int) -> None:
+    """Let this worker be ended by SIGTERM from its rank, which waits for it, and by no other's."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def listen() -> None:
+        while True:
+            news = signal.sigwaitinfo(STOP_SIGNALS)
+            if (news.si_signo, news.si_pid) == (signal.SIGTERM, rank.pid):
+                os._exit(0)
+
+    threading.Thread(target=listen, name="stop of the rank", daemon=True).start()
 
 
 class _StepKeys:
