@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dist_train import checkpoint_writer
-from dist_train.checkpoint import HostBuffers, load_state, newest_good, read_verified
-from dist_train.checkpoint_folder import list_checkpoints
+from dist_train.checkpoint import HostBuffers, load_state
+from dist_train.checkpoint_folder import list_checkpoints, newest_good, read_verified
 from dist_train.checkpoint_upkeep import set_aside_after, tidy
 from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.config import CheckpointConfig
