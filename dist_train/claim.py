@@ -10,12 +10,13 @@ from dist_train.chain import begin, earlier_end, has_ended
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, length_of, run_dir_of
 from dist_train.config.redact import learn
+from dist_train.config.whole_file import read_json
 from dist_train.distributed import Ranks
 from dist_train.endings import end_failed, end_unstarted
 from dist_train.failure import ChainNotes, stack_on_crash
 from dist_train.preemption import stop_reason
 from dist_train.run import Run
-from dist_train.run_folder import RunFolder, read_json
+from dist_train.run_folder import RunFolder
 from dist_train.summary import table
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
+from dist_train.config.whole_file import write_atomically
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
 RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its torchrun
@@ -81,10 +82,8 @@ def refuse(
     """
     verdict = os.environ.get(VERDICT_VARIABLE)
     if verdict:
-        path = Path(verdict)
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(json.dumps({"exit_code": exit_code, "reason": redact(message)}))
-        own.replace(path)  # whole, whichever rank is the last
+        told = {"exit_code": exit_code, "reason": redact(message)}
+        write_atomically(Path(verdict), json.dumps(told))  # whole, whichever rank is the last
         return 0
     if speak:
         print_error(message)
