@@ -1,6 +1,5 @@
 """Batches through torch's DataLoader: for pictures that do not fit in memory or are uneven."""
 
-import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
@@ -13,11 +12,10 @@ from dist_train.config import DataConfig
 from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.order import GlobalOrderSampler, StepShare, seed_of
+from dist_train.preemption import blocked
 
 # Of the ImageNet training pictures: what pretrained torchvision models expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 Keys = list[tuple[int, int | None]]
 
@@ -93,13 +91,10 @@ class WorkerLoader:
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        resource_tracker.ensure_running()  # it unblocks two of the signals again
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            return iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with blocked():
+            resource_tracker.ensure_running()  # it unblocks two of the signals again
+            with blocked():
+                return iter(loader)
 
     def _on_device(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
