@@ -53,6 +53,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def words_of(options: argparse.Namespace) -> list[str]:
+    """Return what a rank must be given to compose the same configuration."""
+    words = list(options.overrides)
+    if options.config is not None:
+        words += ["--config", str(options.config)]
+    if options.config_dir is not None:
+        words += ["--config-dir", str(options.config_dir)]
+    return words
+
+
 def parse(argv: list[str]) -> Request:
     """Compose and check what `argv` asks for, without torch.
 
