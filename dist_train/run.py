@@ -41,10 +41,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.progress: Progress | None = None
         self.saves: Saves | None = None  # on rank 0
-        self.earlier: tuple[int, float] = (
-            0,
-            0.0,
-        )  # attempts that died, and how long they lasted together
+        self.earlier: tuple[int, float] = 0, 0.0  # attempts that died, their seconds in all
         self._trackers = Trackers()
         self._started = time.monotonic()
         self.states = SavedStates(config.resume, folder, ranks, self.warn)
@@ -158,23 +155,22 @@ class Run:
 
     def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> None:
         """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""
-        if self.ranks.rank == 0:
-            opened = self.ranks.together(
-                lambda: open_trackers(
-                    self.config,
-                    self.path,
-                    restored_step=progress.step,
-                    evaluated=progress.evaluated_step == progress.step
-                    or not plan.eval_due(progress.step),
-                    wandb_id=progress.tracker_id,
-                    total_steps=plan.total_steps,
-                    stream=sys.stdout,
-                    warn=self.warn,
-                )
+
+        def opened() -> Trackers:
+            if self.ranks.rank != 0:
+                return Trackers()
+            return open_trackers(
+                self.config,
+                self.path,
+                restored_step=progress.step,
+                evaluated=_is_evaluated(progress, plan),
+                wandb_id=progress.tracker_id,
+                total_steps=plan.total_steps,
+                stream=sys.stdout,
+                warn=self.warn,
             )
-            self._trackers = opened
-        else:
-            self.ranks.together(lambda: None)
+
+        self._trackers = self.ranks.together(opened)
 
         def close(_kind: object, error: BaseException | None, _trace: object) -> None:
             code = 0 if error is None else getattr(error, "exit_code", 1)
@@ -189,8 +185,7 @@ class Run:
 
     def rewind(self, progress: Progress, plan: Plan) -> None:
         """Let the trackers forget what came after `progress`: the run went back."""
-        evaluated = progress.evaluated_step == progress.step or not plan.eval_due(progress.step)
-        self._trackers.rewind(progress.step, evaluated=evaluated)
+        self._trackers.rewind(progress.step, evaluated=_is_evaluated(progress, plan))
         self.progress = progress
         self.losses.clear()
         if self.ranks.rank == 0:
@@ -276,3 +271,8 @@ class Run:
         now = time.monotonic()
         lap, self._started = now - self._started, now
         return lap
+
+
+def _is_evaluated(progress: Progress, plan: Plan) -> bool:
+    """Say whether no evaluation of this step is still to come."""
+    return progress.evaluated_step == progress.step or not plan.eval_due(progress.step)
