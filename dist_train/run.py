@@ -74,7 +74,7 @@ class Run:
 
         The run's own checkpoints win over resume=PATH: a restart continues, it does not start
         over. Rank 0 reads and verifies; the others get its bytes, so no shared disk is needed.
-        May be called again in the same process, for a rollback; a save under way is waited for.
+        May be called again in the same process; a save under way is waited for.
 
         Raises:
             ConfigError: no checkpoint is good, or it does not belong to this run.
@@ -121,14 +121,6 @@ class Run:
         self.ranks.from_first(lambda: self.folder.check_space(size, keep))
         self.folder.write_start(self.config)
         self.folder.set_status("running", step=progress.step)
-
-    def set_aside_after(self, step: int) -> None:
-        """Take the checkpoints after `step` out of what a resume may find. Not collective.
-
-        For a rollback to `step`, before `resume`: what was saved later came from a run gone wrong.
-        """
-        if self.saves is not None:
-            self.saves.set_aside_after(step)
 
     def load_best(self, parts: Parts, progress: Progress) -> None:
         """Load the weights of the best validation accuracy. Collective."""
