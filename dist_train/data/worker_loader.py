@@ -49,7 +49,7 @@ class WorkerLoader:
         """Yield this rank's batch of every step in [first_step, last_step)."""
         plan = _StepKeys(sampler, self._train_indices, self._config, first_step, last_step)
         for step, (images, labels) in enumerate(self._load(self._train, plan), first_step):
-            share, mixing, _ = plan.step(step)
+            share, mixing = plan.step(step)
             images, labels = self._on_device(images), labels.to(self._device, non_blocking=True)
             if mixing is not None:
                 yield mix(images, labels, mixing, share)
@@ -124,17 +124,19 @@ class _StepKeys:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Keys]:
+        seed, generation = self._sampler.seed, self._sampler.generation
         for step in self._steps:
-            yield self.step(step)[2]
+            share, mixing = self.step(step)
+            wanted = share.indices if mixing is None else share.global_indices[mixing.positions]
+            yield [
+                (int(i), seed_of(seed, generation, share.epoch, int(i), 4))
+                for i in self._train_indices[wanted]
+            ]
 
-    def step(self, step: int) -> tuple[StepShare, Mixing | None, Keys]:
-        """Return a step's share, its mixing and the keys to load for it."""
+    def step(self, step: int) -> tuple[StepShare, Mixing | None]:
+        """Return a step's share and its mixing."""
         sampler, config = self._sampler, self._config
-        share, mixing, wanted = sampler.take(step), None, None
-        if config.mixup > 0 or config.cutmix > 0:
-            mixing = plan_mixing(config, share, seed=sampler.seed, generation=sampler.generation)
-            wanted = share.global_indices[mixing.positions]
-        indices = self._train_indices[share.indices if wanted is None else wanted]
-        seed, generation = sampler.seed, sampler.generation
-        keys: Keys = [(int(i), seed_of(seed, generation, share.epoch, int(i), 4)) for i in indices]
-        return share, mixing, keys
+        share = sampler.take(step)
+        if config.mixup == 0 and config.cutmix == 0:
+            return share, None
+        return share, plan_mixing(config, share, seed=sampler.seed, generation=sampler.generation)
