@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dist_train.checkpoint import load_state, read_verified
-from dist_train.checkpoint_folder import name_of
+from dist_train.checkpoint import load_state
+from dist_train.checkpoint_folder import name_of, read_verified
 from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.models.resnet18 import resnet18_cifar
 

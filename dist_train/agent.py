@@ -24,6 +24,7 @@ from dist_train.config.arguments import (
     print_error,
     stop_with_parent,
 )
+from dist_train.config.whole_file import read_json, write_atomically
 
 LOGGER = "torch.distributed.elastic.multiprocessing.api"
 FAILED = "failed (exitcode"  # the line that tells of an attempt's end: exit code, local rank
@@ -88,7 +89,7 @@ class _Report(logging.Handler):
         code, local_rank = record.args[:2]
         assert isinstance(code, int)
         assert isinstance(local_rank, int)
-        status = _read(self._folder / "status.json")
+        status = read_json(self._folder / "status.json")
         mine = status if status.get("chain") == self._chain else {}
         over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
         if self._single and over:  # a rank that dies in its tidying-up is no news
@@ -107,15 +108,13 @@ class _Report(logging.Handler):
     def close_status(self) -> None:
         """Let status.json name the first cause, also of a death that no rank could write down."""
         path = self._folder / "status.json"
-        status, cause = _read(path), chain.read(self._folder).cause
+        status, cause = read_json(path), chain.read(self._folder).cause
         if status.get("chain") != self._chain or status.get("exit_code") in FINAL_CODES:
             return
         status |= {"state": "failed", "exit_code": 1, "time": time.time()}
         if cause is not None:
             status |= {"reason": cause.sentence(), "rank": cause.rank, "step": cause.step}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(status, indent=1))
-        temporary.replace(path)
+        write_atomically(path, json.dumps(status, indent=1))
 
     def _why(self, code: int, local_rank: int) -> str:
         """Return the sentence on who ended first, and record it if no rank could."""
@@ -176,14 +175,7 @@ def _local_ranks() -> int:
 
 
 def _step(folder: Path) -> int:
-    return int(_read(folder / "status.json").get("step", 0))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    return int(read_json(folder / "status.json").get("step", 0))
 
 
 if __name__ == "__main__":

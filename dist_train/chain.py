@@ -20,6 +20,7 @@ from typing import Any, Literal
 from dist_train.config import Config
 from dist_train.config.identity import run_dir_of
 from dist_train.config.redact import redact
+from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.layout import detect_layout
 
 REPEATS = 3  # of one exception at one step
@@ -215,11 +216,11 @@ def cause_of(folder: Path, chain: str, attempt: int) -> Cause | None:
 def read(folder: Path) -> Memory:
     """Return what chain.json holds; an empty memory if there is none."""
     try:
-        raw: dict[str, Any] = json.loads((folder / "chain.json").read_text())
+        raw = read_json(folder / "chain.json")
         raw["failures"] = [Cause(**cause) for cause in raw["failures"]]
         raw["cause"] = None if raw["cause"] is None else Cause(**raw["cause"])
         return Memory(**raw)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return Memory()
 
 
@@ -247,10 +248,7 @@ def ended_for_good(config: Config) -> tuple[str, int] | None:
     layout = detect_layout(os.environ, parent=os.getppid())
     if layout.local_world_size < layout.world_size:
         return None
-    try:
-        status = json.loads((run_dir_of(config) / "status.json").read_text())
-    except (OSError, ValueError):
-        return None
+    status = read_json(run_dir_of(config) / "status.json")
     if not has_ended(status, layout.chain, layout.attempt):
         return None
     return earlier_end(str(status["reason"])), status["exit_code"]
@@ -287,6 +285,4 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, memory: Memory) -> None:
-    temporary = folder / f".chain.json.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(memory), indent=1))
-    os.replace(temporary, folder / "chain.json")
+    write_atomically(folder / "chain.json", json.dumps(asdict(memory), indent=1))

@@ -20,27 +20,11 @@ from dist_train.checkpoint_folder import (
     MANIFEST_FILE,
     STATE_FILE,
     BadCheckpointError,
-    list_checkpoints,
     manifest_bytes,
     name_of,
-    newest_good,
-    read_verified,
 )
-from dist_train.checkpoint_upkeep import prune, sync_folder
+from dist_train.checkpoint_upkeep import sync_folder
 from dist_train.state_file import DTYPES, outline
-
-__all__ = [
-    "BadCheckpointError",
-    "HostBuffers",
-    "list_checkpoints",
-    "load_state",
-    "newest_good",
-    "prune",
-    "read_verified",
-    "serialised",
-    "weights_sha256",
-    "write_checkpoint",
-]
 
 
 class HostBuffers:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.chain import begin, earlier_end, has_ended
+from dist_train.checkpoint_folder import list_checkpoints, step_of
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, length_of, run_dir_of
 from dist_train.config.redact import learn
+from dist_train.config.whole_file import read_json
 from dist_train.distributed import Ranks
 from dist_train.endings import end_failed, end_unstarted
 from dist_train.failure import ChainNotes, stack_on_crash
 from dist_train.preemption import stop_reason
 from dist_train.run import Run
-from dist_train.run_folder import RunFolder, read_json
+from dist_train.run_folder import RunFolder
 from dist_train.summary import table
 
 
@@ -78,9 +80,9 @@ def _claim(run: Run) -> Claim:
         return Claim(ended=(earlier_end(str(status.get("reason"))), status["exit_code"]))
     restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
     saved = folder.saved_config()
-    names = [path.name for path in folder.checkpoints.glob("step_*")]
-    newest_step = max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
-    if saved is not None and names:
+    checkpoints = list_checkpoints(folder.checkpoints)
+    newest_step = step_of(checkpoints[0]) if checkpoints else 0
+    if saved is not None and checkpoints:
         check_same_run(config, saved, folder.path)
         if config.resume == "never" and not restarted:
             raise ConfigError(

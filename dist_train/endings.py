@@ -59,7 +59,7 @@ def end_finished(
     progress.wall_sec += run.lap()
     if parts.ema is not None:
         parts.ema.swap()  # the average is what was evaluated
-    summary = make_summary(parts, progress, data, result, run.facts["device"], run.ranks)
+    summary = make_summary(parts, progress, data, result, run.facts["device"])
     summary["run_dir"] = str(run.path)
     if run.saves is not None:
         try:

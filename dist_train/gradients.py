@@ -29,11 +29,14 @@ class Buffers:
 
     def restore(self, bad: Tensor | None = None) -> None:
         """Put back what was remembered; with `bad` (0-d), only where it is above 0."""
-        if bad is None and self.live:
+        if not self.live:
+            return
+        if bad is None:
             torch._foreach_copy_(self.live, self.kept)  # pyright: ignore[reportPrivateImportUsage] # as above
             return
+        undo = bad > 0
         for buffer, before in zip(self.live, self.kept, strict=True):
-            torch.where(bad > 0, before, buffer, out=buffer)  # type: ignore[operator] # not None here
+            torch.where(undo, before, buffer, out=buffer)
 
 
 class Gradients(Protocol):

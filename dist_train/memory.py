@@ -19,9 +19,12 @@ SHORT_OF_MEMORY = (
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
 )
 SAFETY = 0.9  # of what was found to fit: allocators fragment, pictures differ
-CGROUP_FILES = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+CGROUP_FILES = (  # limit and use, of versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
 )
 
 
@@ -72,9 +75,8 @@ def host_memory_left() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     left = fields["MemAvailable"]
-    for file in CGROUP_FILES:
-        limit = _number(Path(file))
-        used = _number(Path(file).with_name("memory.current"))
+    for files in CGROUP_FILES:
+        limit, used = (_number(Path(file)) for file in files)
         if limit is not None:
             left = min(left, limit - (used or 0))
     return max(0, left)

@@ -118,8 +118,9 @@ class Ema:
         if keep is None:  # one kernel for all of them
             torch._foreach_lerp_(self.average, self.params, weight)  # pyright: ignore # as torch's optimizers do
             return
+        weight_0d = weight * (1 - keep)
         for average, param in zip(self.average, self.params, strict=True):
-            average.lerp_(param, weight * (1 - keep))
+            average.lerp_(param, weight_0d)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -71,6 +71,7 @@ class BucketGradients:
     def reduce(self, *, poison: bool) -> None:
         if poison:
             self._poison()
+        self.all_sent = False  # what fails from here on, as in an evaluation, is no bucket's matter
 
     def give_up(self) -> None:
         for param in self._params:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 SIGNALS: tuple[signal.Signals, ...] = (
@@ -87,6 +87,16 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def blocked(numbers: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Block signals in this thread: a process that is started meanwhile inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def heard() -> StopRequest | None:

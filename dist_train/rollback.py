@@ -54,7 +54,8 @@ def roll_back(
             f"{request}; after {MAX_SAME} returns to step {progress.step} again: test the memory "
             "of that machine, or leave it out"
         )
-    run.set_aside_after(progress.step)
+    if run.saves is not None:
+        run.saves.set_aside_after(progress.step)
     parts.guard.reset()
     parts.drift.forget()
     run.rewind(progress, parts.plan)

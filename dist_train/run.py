@@ -41,10 +41,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.progress: Progress | None = None
         self.saves: Saves | None = None  # on rank 0
-        self.earlier: tuple[int, float] = (
-            0,
-            0.0,
-        )  # attempts that died, and how long they lasted together
+        self.earlier: tuple[int, float] = 0, 0.0  # attempts that died, their seconds in all
         self._trackers = Trackers()
         self._started = time.monotonic()
         self.states = SavedStates(config.resume, folder, ranks, self.warn)
@@ -77,7 +74,7 @@ class Run:
 
         The run's own checkpoints win over resume=PATH: a restart continues, it does not start
         over. Rank 0 reads and verifies; the others get its bytes, so no shared disk is needed.
-        May be called again in the same process, for a rollback; a save under way is waited for.
+        May be called again in the same process; a save under way is waited for.
 
         Raises:
             ConfigError: no checkpoint is good, or it does not belong to this run.
@@ -125,14 +122,6 @@ class Run:
         self.folder.write_start(self.config)
         self.folder.set_status("running", step=progress.step)
 
-    def set_aside_after(self, step: int) -> None:
-        """Take the checkpoints after `step` out of what a resume may find. Not collective.
-
-        For a rollback to `step`, before `resume`: what was saved later came from a run gone wrong.
-        """
-        if self.saves is not None:
-            self.saves.set_aside_after(step)
-
     def load_best(self, parts: Parts, progress: Progress) -> None:
         """Load the weights of the best validation accuracy. Collective."""
         state = self.states.of_step(progress.best_step or 0)
@@ -158,23 +147,22 @@ class Run:
 
     def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> None:
         """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""
-        if self.ranks.rank == 0:
-            opened = self.ranks.together(
-                lambda: open_trackers(
-                    self.config,
-                    self.path,
-                    restored_step=progress.step,
-                    evaluated=progress.evaluated_step == progress.step
-                    or not plan.eval_due(progress.step),
-                    wandb_id=progress.tracker_id,
-                    total_steps=plan.total_steps,
-                    stream=sys.stdout,
-                    warn=self.warn,
-                )
+
+        def opened() -> Trackers:
+            if self.ranks.rank != 0:
+                return Trackers()
+            return open_trackers(
+                self.config,
+                self.path,
+                restored_step=progress.step,
+                evaluated=_is_evaluated(progress, plan),
+                wandb_id=progress.tracker_id,
+                total_steps=plan.total_steps,
+                stream=sys.stdout,
+                warn=self.warn,
             )
-            self._trackers = opened
-        else:
-            self.ranks.together(lambda: None)
+
+        self._trackers = self.ranks.together(opened)
 
         def close(_kind: object, error: BaseException | None, _trace: object) -> None:
             code = 0 if error is None else getattr(error, "exit_code", 1)
@@ -189,8 +177,7 @@ class Run:
 
     def rewind(self, progress: Progress, plan: Plan) -> None:
         """Let the trackers forget what came after `progress`: the run went back."""
-        evaluated = progress.evaluated_step == progress.step or not plan.eval_due(progress.step)
-        self._trackers.rewind(progress.step, evaluated=evaluated)
+        self._trackers.rewind(progress.step, evaluated=_is_evaluated(progress, plan))
         self.progress = progress
         self.losses.clear()
         if self.ranks.rank == 0:
@@ -276,3 +263,8 @@ class Run:
         now = time.monotonic()
         lap, self._started = now - self._started, now
         return lap
+
+
+def _is_evaluated(progress: Progress, plan: Plan) -> bool:
+    """Say whether no evaluation of this step is still to come."""
+    return progress.evaluated_step == progress.step or not plan.eval_due(progress.step)

@@ -23,6 +23,7 @@ from dist_train import __version__
 from dist_train.config import Config, ConfigError
 from dist_train.config.compose import compose, to_yaml
 from dist_train.config.redact import redact, redact_words
+from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.distributed import Ranks
 from dist_train.journal import LineFile
 
@@ -202,26 +203,6 @@ class RunFolder:
                 f"{needed / 2**20:.0f} MiB: free some space, lower checkpoint.keep_last, or "
                 "choose another run_dir"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one if it is missing or torn."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def _cannot_write(path: Path, error: OSError) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from dist_train.checkpoint import HostBuffers, load_state, newest_good, read_verified, serialised
-from dist_train.checkpoint_folder import name_of, open_to_others
+from dist_train.checkpoint import HostBuffers, load_state, serialised
+from dist_train.checkpoint_folder import name_of, newest_good, open_to_others, read_verified
 from dist_train.checkpoint_upkeep import tidy
 from dist_train.distributed import Ranks
 from dist_train.run_folder import RunFolder

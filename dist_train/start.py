@@ -76,25 +76,23 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     whole = -(-parts.plan.global_batch_size // ranks.world_size)
 
     def attempt(size: int) -> None:
-        parts.replica.buffers.remember()
         with torch.random.fork_rng(devices=cuda):
             images, labels = _blank(data, size, ranks.device)
             with autocast(parts.precision, ranks.device):
                 logits = module(images)
             loss = task.loss_sum(logits, Batch(images=images, labels=labels))
             torch.autograd.grad(loss, parts.replica.params, allow_unused=True)
-        parts.replica.buffers.restore()
 
     def find() -> int:
         if ranks.device.type == "cuda":
             return largest_that_fits(whole, attempt)
-        parts.replica.buffers.remember()
         each = bytes_per_sample(module, data.loader.image_shape)
-        parts.replica.buffers.restore()
         budget = SAFETY * host_memory_left() / ranks.local_world_size
         return max(1, min(whole, int(budget / max(1.0, each))))
 
+    parts.replica.buffers.remember()
     sizes = ranks.gather(ranks.together(find))
+    parts.replica.buffers.restore()  # here, not in an attempt: those that failed spoil them too
     parts.recovery.micro_batch_size = min(sizes)
     run.note(
         {

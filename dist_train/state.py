@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dist_train.checkpoint import BadCheckpointError
+from dist_train.checkpoint_folder import BadCheckpointError
 from dist_train.config import Config, ConfigError
 from dist_train.drift import DriftCheck
 from dist_train.metrics import Meter

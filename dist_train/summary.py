@@ -7,21 +7,15 @@ import torch
 
 from dist_train.checkpoint import weights_sha256
 from dist_train.data.loaders import Data
-from dist_train.distributed import Ranks
 from dist_train.progress import Progress
 from dist_train.state import Parts
 
 
 def make_summary(
-    parts: Parts,
-    progress: Progress,
-    data: Data,
-    result: dict[str, float],
-    device: str,
-    ranks: Ranks,
+    parts: Parts, progress: Progress, data: Data, result: dict[str, float], device: str
 ) -> dict[str, Any]:
     """Return the summary of a finished run; `result` is the evaluation of its test split."""
-    sec = progress.train_sec
+    sec, ranks = progress.train_sec, parts.replica.ranks
     return {
         "state": "finished",
         "dataset": data.name,

@@ -216,8 +216,12 @@ def _forward(
     parts: Parts, part: Batch, *, step: int, generation: int, bare: bool = False
 ) -> Tensor:
     """Forward one piece; `bare` leaves out the wrapper, which the other ranks take part in."""
-    # Dropout: a function of the run's place, never of the rank.
-    torch.manual_seed(seed_of(parts.config.seed, generation, step, part.first_position))
+    # Dropout: a function of the run's place, never of the rank. Not torch.manual_seed: where CUDA
+    # is not in use it formats the caller's stack each time, for 0.1 to 0.2 ms.
+    seed = seed_of(parts.config.seed, generation, step, part.first_position)
+    torch.default_generator.manual_seed(seed)
+    if part.images.is_cuda:
+        torch.cuda.manual_seed(seed)
     with autocast(parts.precision, part.images.device):
         return (parts.replica.module if bare else parts.replica)(part.images)
 

@@ -26,6 +26,7 @@ from dist_train.config.arguments import (
     add_run_options,
     compose_request,
     print_error,
+    words_of,
 )
 from dist_train.config.check import check_world
 from dist_train.data.loaders import open_data
@@ -96,10 +97,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
-    words = list(options.overrides)
-    for name in ("config", "config_dir"):
-        if getattr(options, name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     config = compose_request(options).config
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     num_ranks = options.nproc if options.nproc is not None else gpus or 2
@@ -126,14 +123,12 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
     }
     if plan.eval_every is None or plan.eval_every > steps:
         extra["eval.every_steps"] = max(1, steps // 2)
-    added = [f"{key}={value}" for key, value in extra.items()]
-    words += added
-    options.overrides = [*options.overrides, *added]
+    options.overrides += [f"{key}={value}" for key, value in extra.items()]
     config = compose_request(options).config
     plan = make_plan(config, data.num_train)
     faults = _choose(plan, num_ranks, options.kills, options.seed, folder)
     return Rehearsal(
-        words=words,
+        words=words_of(options),
         config=config,
         plan=plan,
         num_ranks=num_ranks,

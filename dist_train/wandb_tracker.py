@@ -22,13 +22,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from dist_train.config import ConfigError, WandbConfig
+from dist_train.preemption import SIGNALS, blocked
 
 QUEUE_RECORDS = 1024  # waiting for the child; older ones are dropped
 PROBE_SEC = 2.0
 INIT_SEC = 15.0
 FINISH_SEC = 3.5  # for the last upload; within CLOSE_SEC
 CLOSE_SEC = 5.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SETTINGS_VARIABLE = "DIST_TRAIN_WANDB"  # the child's settings as JSON; no secrets
 
 
@@ -89,20 +89,16 @@ class WandbTracker:
         root = str(Path(__file__).parents[1])
         search_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {SETTINGS_VARIABLE: json.dumps(child), "PYTHONPATH": search_path}
-        with self._log_file.open("ab") as log_file:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the child inherits it
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "dist_train.wandb_tracker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log_file,
-                    bufsize=0,
-                    env=environment,
-                    start_new_session=True,  # a Ctrl-C is for the ranks; they close the run
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with self._log_file.open("ab") as log_file, blocked():  # the child inherits it
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dist_train.wandb_tracker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                bufsize=0,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is for the ranks; they close the run
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to_child, self._from_child = self._process.stdin, self._process.stdout
@@ -179,9 +175,9 @@ class _Child:
 
     def run(self) -> NoReturn:
         """Log each line of standard input until it ends, then leave without wandb's exit hooks."""
-        for number in STOP_SIGNALS:  # the end of input is the end
+        for number in SIGNALS:  # the end of input is the end
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked until here
         run = self._start()
         # Not wandb's own step: it refuses to go back, as a resumed or rolled back run does.
         run.define_metric("*", step_metric="step")

@@ -27,11 +27,11 @@ from dist_train.monitor.link import hub_socket
 from dist_train.monitor.main import Settings
 from dist_train.monitor.processes import read_stat
 from dist_train.monitor.report import STACKS_SIGNAL, Place
+from dist_train.preemption import SIGNALS, blocked
 
 LEAVE_SEC = 0.5  # for the monitor to end with the last rank
 # Not `-m`: neither the working directory nor site-packages may shadow a standard module.
 PROGRAM = "import sys; sys.path.append({!r}); from dist_train.monitor.main import main; main()"
-DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Home(NamedTuple):
@@ -153,8 +153,7 @@ def _monitor(settings: Settings, place: Place, own: _Own) -> Iterator[None]:
     hub = own.listener.fileno() if own.listener is not None and settings.hub is not None else None
     program = PROGRAM.format(str(Path(dist_train.__file__).parents[1]))
     # The mask is inherited: what a launcher sends to all processes of a rank does not end it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
-    try:
+    with blocked((*SIGNALS, signal.SIGHUP)):
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program],
             stdin=subprocess.PIPE,
@@ -162,8 +161,6 @@ def _monitor(settings: Settings, place: Place, own: _Own) -> Iterator[None]:
             pass_fds=[own.memory, *([hub] if hub is not None else [])],
             start_new_session=True,
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin is not None, "asked for"
     told = {
         "settings": settings._asdict(),

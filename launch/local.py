@@ -15,6 +15,7 @@ from dist_train.config.arguments import (
     add_run_options,
     compose_request,
     print_error,
+    words_of,
 )
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(request.text + "\n")
         return 0
     if options.dry_run:
-        command = [sys.executable, "-m", "dist_train", *_rank_arguments(options), "--dry-run"]
+        command = [sys.executable, "-m", "dist_train", *words_of(options), "--dry-run"]
         ranks = {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
         return subprocess.call(command, env=_with_threads(options.nproc) | ranks)
     command = torchrun_command(options)
@@ -110,15 +111,6 @@ def _with_threads(num_local_ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share)} | os.environ
 
 
-def _rank_arguments(options: argparse.Namespace) -> list[str]:
-    words = list(options.overrides)
-    if options.config is not None:
-        words += ["--config", str(options.config)]
-    if options.config_dir is not None:
-        words += ["--config-dir", str(options.config_dir)]
-    return words
-
-
 def torchrun_command(options: argparse.Namespace) -> list[str]:
     """Return the torchrun command that starts the ranks of this machine.
 
@@ -133,4 +125,4 @@ def torchrun_command(options: argparse.Namespace) -> list[str]:
         command += [f"--master-port={options.master_port}"]
     else:
         command += ["--standalone"]
-    return [*command, "-m", "dist_train", *_rank_arguments(options)]
+    return [*command, "-m", "dist_train", *words_of(options)]

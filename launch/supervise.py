@@ -1,7 +1,6 @@
 """Start torchrun, pass signals on, leave no process behind, and answer with the run's own code."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from dist_train.config.arguments import (
     print_error,
     stop_with_parent,
 )
+from dist_train.config.whole_file import read_json
 
 CHAIN_VARIABLE = "DIST_TRAIN_CHAIN"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -49,16 +49,16 @@ def supervise(command: list[str], environment: dict[str, str], run_dir: Path) ->
         heard = _Signals(torchrun)
         before = {number: signal.signal(number, heard.take) for number in STOPS}
         try:
-            code = _wait(torchrun, heard, run_dir, chain)
+            code = _wait(torchrun, run_dir, chain)
             _clear(chain, at_once=heard.impatient)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        told = _read(verdict)
+        told = read_json(verdict)
     if told:
         print_error(told["reason"])
         return told["exit_code"]
-    return _answer(_read(run_dir / "status.json"), chain, code, heard)
+    return _answer(read_json(run_dir / "status.json"), chain, code, heard)
 
 
 class _Signals:
@@ -82,13 +82,13 @@ class _Signals:
         self.stopped = True
 
 
-def _wait(torchrun: "subprocess.Popen[bytes]", heard: _Signals, run_dir: Path, chain: str) -> int:
+def _wait(torchrun: "subprocess.Popen[bytes]", run_dir: Path, chain: str) -> int:
     """Wait for torchrun; end it if it stays when the run is over."""
     over_since: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return torchrun.wait(timeout=1.0)
-        status = _read(run_dir / "status.json")
+        status = read_json(run_dir / "status.json")
         over = status.get("chain") == chain and status.get("state") in ("finished", "preempted")
         if not over:
             over_since = None
@@ -152,10 +152,3 @@ def _answer(status: dict[str, Any], chain: str, code: int, heard: _Signals) -> i
     if status["state"] == "failed":
         print_error(str(status.get("reason")))
     return code if final is None else int(final)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dist_train.checkpoint import load_state, newest_good
-from dist_train.checkpoint_folder import BadCheckpointError, name_of
+from dist_train.checkpoint import load_state
+from dist_train.checkpoint_folder import BadCheckpointError, name_of, newest_good
 from dist_train.checkpoint_upkeep import tidy
 from dist_train.checkpoint_writer import CheckpointWriter
 from tests.storage_faults import STATE, Count

@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-from dist_train.checkpoint import newest_good, read_verified, write_checkpoint
+from dist_train.checkpoint import write_checkpoint
+from dist_train.checkpoint_folder import newest_good, read_verified
 
 STATE: dict[str, Any] = {
     "w": torch.arange(3000.0),

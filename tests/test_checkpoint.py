@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.checkpoint import (
+from dist_train.checkpoint import load_state, weights_sha256, write_checkpoint
+from dist_train.checkpoint_folder import (
     BadCheckpointError,
     list_checkpoints,
-    load_state,
     newest_good,
-    prune,
     read_verified,
-    weights_sha256,
-    write_checkpoint,
 )
+from dist_train.checkpoint_upkeep import prune
 from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.config import Config, ConfigError
 from tests.faults import train_with

@@ -96,10 +96,11 @@ def failing(config: Config) -> dict[str, Any]:
         return loop.train(config)
 
 
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
 def test_an_exception_on_one_rank_in_an_evaluation_is_the_same_failure_on_all(
-    tmp_path: Path,
+    sync: str, tmp_path: Path
 ) -> None:
-    config = small(tmp_path, "train.steps=1", "data.val_fraction=0")
+    config = small(tmp_path, "train.steps=1", "data.val_fraction=0", f"parallel.sync={sync}")
     outcomes = start_ranks_of(failing, 2, config)
     [text] = {str(o.error) for o in outcomes}
     assert "rank 1 failed in the evaluation of the test split: ValueError: a picture" in text

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.checkpoint import newest_good, read_verified, write_checkpoint
-from dist_train.checkpoint_folder import BadCheckpointError
+from dist_train.checkpoint import write_checkpoint
+from dist_train.checkpoint_folder import BadCheckpointError, newest_good, read_verified
 from dist_train.config import ConfigError
 from tests.faults import train_with
 from tests.power_cuts import cut_power

@@ -12,7 +12,7 @@ from benchmarks.reliability.faults_inside import SignalAt
 from benchmarks.reliability.in_ranks import how_it_ended, trained
 from benchmarks.reliability.row import Row, Trial, check
 from benchmarks.reliability.rows_crash import HARD
-from dist_train.checkpoint import list_checkpoints, newest_good
+from dist_train.checkpoint_folder import list_checkpoints, newest_good
 from tests.settings import small
 
 FLIPS, CUTS = 50, 5

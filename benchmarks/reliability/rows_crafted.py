@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.reliability.in_ranks import how_it_ended, train_in_rank, trained
 from benchmarks.reliability.row import Row, Trial, check
-from dist_train.checkpoint import list_checkpoints, write_checkpoint
-from dist_train.checkpoint_folder import sealed
+from dist_train.checkpoint import write_checkpoint
+from dist_train.checkpoint_folder import list_checkpoints, sealed
 from dist_train.config import ConfigError
 from tests.ranks import start_ranks_of
 from tests.settings import small

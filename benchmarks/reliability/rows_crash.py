@@ -16,7 +16,7 @@ from benchmarks.reliability.in_torchrun import (
     time_of_attempt,
 )
 from benchmarks.reliability.row import Row, Trial, check
-from dist_train.checkpoint import BadCheckpointError, list_checkpoints, read_verified
+from dist_train.checkpoint_folder import BadCheckpointError, list_checkpoints, read_verified
 from tests.settings import small
 
 HARD = (  # what makes an exact resume hard: BatchNorm, dropout, mixing, an average of the weights

@@ -16,8 +16,13 @@ from benchmarks.reliability.clean import events_of, lines_of
 from benchmarks.reliability.faults_inside import around_step
 from benchmarks.reliability.in_ranks import called, how_it_ended, trained
 from benchmarks.reliability.row import Row, Trial, check
-from dist_train.checkpoint import newest_good, read_verified, write_checkpoint
-from dist_train.checkpoint_folder import BadCheckpointError, list_checkpoints
+from dist_train.checkpoint import write_checkpoint
+from dist_train.checkpoint_folder import (
+    BadCheckpointError,
+    list_checkpoints,
+    newest_good,
+    read_verified,
+)
 from dist_train.checkpoint_writer import CheckpointWriter
 from tests.power_cuts import cut_power
 from tests.settings import small

@@ -20,7 +20,7 @@ from benchmarks.reliability.in_ranks import (
 from benchmarks.reliability.in_torchrun import REPOSITORY, kill_all, send
 from benchmarks.reliability.row import Row, Trial, check
 from benchmarks.reliability.rows_crash import SHORT
-from dist_train.checkpoint import list_checkpoints
+from dist_train.checkpoint_folder import list_checkpoints
 from dist_train.config import ConfigError
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import SMALL, metrics, small

@@ -10,7 +10,8 @@ from benchmarks.reliability.faults_inside import NotFinite
 from benchmarks.reliability.in_ranks import how_it_ended, trained
 from benchmarks.reliability.row import Row, Trial, check
 from benchmarks.reliability.rows_crash import HARD
-from dist_train.checkpoint import list_checkpoints, load_state, read_verified
+from dist_train.checkpoint import load_state
+from dist_train.checkpoint_folder import list_checkpoints, read_verified
 from tests.settings import small
 
 PLACES = ("loss", "gradient", "input")

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from benchmarks.reliability.row import Row, Trial, check
-from dist_train.checkpoint import newest_good, read_verified, write_checkpoint
-from dist_train.checkpoint_folder import BadCheckpointError
+from dist_train.checkpoint import write_checkpoint
+from dist_train.checkpoint_folder import BadCheckpointError, newest_good, read_verified
 from dist_train.config import ConfigError
 from tests.settings import small
 from tests.spoilt_checkpoints import SPOILS

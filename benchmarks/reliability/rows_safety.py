@@ -13,7 +13,7 @@ from benchmarks.reliability.in_ranks import (
     training,
 )
 from benchmarks.reliability.row import Row, Trial, check
-from dist_train.checkpoint import list_checkpoints
+from dist_train.checkpoint_folder import list_checkpoints
 from tests.ranks import run_ranks
 from tests.settings import SMALL, small
 

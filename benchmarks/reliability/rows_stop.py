@@ -18,7 +18,7 @@ from benchmarks.reliability.in_ranks import (
 from benchmarks.reliability.in_torchrun import launched, send
 from benchmarks.reliability.row import Row, Trial, check
 from benchmarks.reliability.rows_crash import HARD
-from dist_train.checkpoint import BadCheckpointError, list_checkpoints, read_verified
+from dist_train.checkpoint_folder import BadCheckpointError, list_checkpoints, read_verified
 from tests.settings import small
 from tests.test_fixed_order import FIXED
 

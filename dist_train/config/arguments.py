@@ -15,6 +15,7 @@ from pathlib import Path
 from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
+from dist_train.config.whole_file import write_atomically
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
 RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its torchrun
@@ -52,6 +53,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def words_of(options: argparse.Namespace) -> list[str]:
+    """Return what a rank must be given to compose the same configuration."""
+    words = list(options.overrides)
+    if options.config is not None:
+        words += ["--config", str(options.config)]
+    if options.config_dir is not None:
+        words += ["--config-dir", str(options.config_dir)]
+    return words
+
+
 def parse(argv: list[str]) -> Request:
     """Compose and check what `argv` asks for, without torch.
 
@@ -81,10 +92,8 @@ def refuse(
     """
     verdict = os.environ.get(VERDICT_VARIABLE)
     if verdict:
-        path = Path(verdict)
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(json.dumps({"exit_code": exit_code, "reason": redact(message)}))
-        own.replace(path)  # whole, whichever rank is the last
+        told = {"exit_code": exit_code, "reason": redact(message)}
+        write_atomically(Path(verdict), json.dumps(told))  # whole, whichever rank is the last
         return 0
     if speak:
         print_error(message)

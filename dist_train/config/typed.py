@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
@@ -120,7 +120,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     return _scalar(hint, value, key)
 
 
-def _scalar(hint: Any, value: Any, key: str, words: Sequence[str] = ()) -> Any:
+def _scalar(hint: Any, value: Any, key: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

@@ -95,14 +95,13 @@ def mix(images: Tensor, labels: Tensor, mixing: Mixing, share: StepShare) -> Bat
         share: the rank's share; its n pictures are the first n rows.
     """
     count, device = len(share.positions), images.device
-    partner = torch.from_numpy(mixing.partner).to(device)
-    weight = torch.from_numpy(mixing.weight).to(device)
+    partner, weight = copied_to(device, mixing.partner), copied_to(device, mixing.weight)
     own, other = images[:count], images[partner]
     if mixing.boxes is None:
         w = weight.view(-1, 1, 1, 1)
         mixed = own * w + other * (1 - w)
     else:
-        inside = _rectangle(torch.from_numpy(mixing.boxes).to(device), weight, own.shape)
+        inside = _rectangle(copied_to(device, mixing.boxes), weight, own.shape)
         mixed = torch.where(inside[:, None], other, own)
         weight = 1 - inside.float().mean(dim=(1, 2))  # the area that was really replaced
     return Batch(
@@ -113,6 +112,14 @@ def mix(images: Tensor, labels: Tensor, mixing: Mixing, share: StepShare) -> Bat
         first_position=share.first_position,
         global_size=share.global_size,
     )
+
+
+def copied_to(device: torch.device, array: np.ndarray) -> Tensor:
+    """Return an array as a tensor on the device; does not wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # pageable memory would wait
 
 
 def _rectangle(centre: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.data.batch import Batch, mix, plan_mixing
+from dist_train.data.batch import Batch, copied_to, mix, plan_mixing
 from dist_train.data.pictures import Pictures
 from dist_train.order import GlobalOrderSampler, sample_uniform, seed_of
 
@@ -91,18 +91,15 @@ class MemoryLoader:
         images, labels, indices = self._splits[split]
         size = self._config.eval_batch_size
         for number in range(rank, self.num_eval_batches(split), world_size):
-            rows = torch.from_numpy(indices[number * size : (number + 1) * size]).to(self._device)
+            rows = copied_to(self._device, indices[number * size : (number + 1) * size])
             yield number, Batch(images=self._normalised(images[rows]), labels=labels[rows])
 
     def _augmented(self, indices: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
         """Crop, flip and cut out each picture by its own random numbers, then normalise."""
         config, device = self._config, self._device
         height, width = self._images.shape[1:3]
-        draw = torch.from_numpy(sample_uniform(key, indices, 5).astype(np.float32))
-        rows_of = torch.from_numpy(indices)
-        if device.type == "cuda":
-            draw = draw.pin_memory().to(device, non_blocking=True)
-            rows_of = rows_of.pin_memory().to(device, non_blocking=True)
+        draw = copied_to(device, sample_uniform(key, indices, 5).astype(np.float32))
+        rows_of = copied_to(device, indices)
         y = torch.arange(height, device=device).expand(len(indices), height)
         x = torch.arange(width, device=device).expand(len(indices), width)
         if config.flip:

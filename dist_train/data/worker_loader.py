@@ -16,11 +16,10 @@ from dist_train.config import DataConfig
 from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.order import GlobalOrderSampler, StepShare, seed_of
+from dist_train.preemption import SIGNALS, blocked
 
 # Of the ImageNet training pictures: what pretrained torchvision models expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 Keys = list[tuple[int, int | None]]
 
@@ -54,7 +53,7 @@ class WorkerLoader:
         """Yield this rank's batch of every step in [first_step, last_step)."""
         plan = _StepKeys(sampler, self._train_indices, self._config, first_step, last_step)
         for step, (images, labels) in enumerate(self._load(self._train, plan), first_step):
-            share, mixing, _ = plan.step(step)
+            share, mixing = plan.step(step)
             images, labels = self._on_device(images), labels.to(self._device, non_blocking=True)
             if mixing is not None:
                 yield mix(images, labels, mixing, share)
@@ -97,13 +96,10 @@ class WorkerLoader:
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        resource_tracker.ensure_running()  # it unblocks two of the signals again
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            return iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with blocked():
+            resource_tracker.ensure_running()  # it unblocks two of the signals again
+            with blocked():
+                return iter(loader)
 
     def _on_device(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
@@ -120,7 +116,7 @@ def _end_for_own_rank(_number: int) -> None:
 
     def listen() -> None:
         while True:
-            news = signal.sigwaitinfo(STOP_SIGNALS)
+            news = signal.sigwaitinfo(SIGNALS)
             if (news.si_signo, news.si_pid) == (signal.SIGTERM, rank.pid):
                 os._exit(0)
 
@@ -147,17 +143,19 @@ class _StepKeys:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Keys]:
+        seed, generation = self._sampler.seed, self._sampler.generation
         for step in self._steps:
-            yield self.step(step)[2]
+            share, mixing = self.step(step)
+            wanted = share.indices if mixing is None else share.global_indices[mixing.positions]
+            yield [
+                (int(i), seed_of(seed, generation, share.epoch, int(i), 4))
+                for i in self._train_indices[wanted]
+            ]
 
-    def step(self, step: int) -> tuple[StepShare, Mixing | None, Keys]:
-        """Return a step's share, its mixing and the keys to load for it."""
+    def step(self, step: int) -> tuple[StepShare, Mixing | None]:
+        """Return a step's share and its mixing."""
         sampler, config = self._sampler, self._config
-        share, mixing, wanted = sampler.take(step), None, None
-        if config.mixup > 0 or config.cutmix > 0:
-            mixing = plan_mixing(config, share, seed=sampler.seed, generation=sampler.generation)
-            wanted = share.global_indices[mixing.positions]
-        indices = self._train_indices[share.indices if wanted is None else wanted]
-        seed, generation = sampler.seed, sampler.generation
-        keys: Keys = [(int(i), seed_of(seed, generation, share.epoch, int(i), 4)) for i in indices]
-        return share, mixing, keys
+        share = sampler.take(step)
+        if config.mixup == 0 and config.cutmix == 0:
+            return share, None
+        return share, plan_mixing(config, share, seed=sampler.seed, generation=sampler.generation)

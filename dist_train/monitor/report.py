@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from dist_train.config.redact import redact
+from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.heartbeat import Identity
 from dist_train.monitor.processes import (
     STOPPED,
@@ -133,10 +134,7 @@ def record_failure(place: Place, verdict: Verdict) -> None:
     The first failure of an attempt is believed.
     """
     path = Path(place.folder) / "status.json"
-    try:
-        now = json.loads(path.read_text())
-    except (OSError, ValueError):
-        now = {}
+    now = read_json(path)
     mine = (now.get("chain"), now.get("attempt")) == (place.chain, place.attempt)
     if not path.parent.is_dir() or (mine and now.get("state") in ("failed", "finished")):
         return
@@ -151,9 +149,7 @@ def record_failure(place: Place, verdict: Verdict) -> None:
         "time": time.time(),
         "attempt_sec": round(_lasted(now), 3) if mine else 0.0,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(record, indent=1))
 
 
 def _lasted(running: dict[str, Any]) -> float:
