@@ -47,7 +47,7 @@ def evaluate(
                 return None
     finally:
         replica.module.train()
-    rows = ranks.all_reduce(sums).tolist()  # each row is one rank's, the rest add zeros
+    rows = ranks.read_sum(sums)  # each row is one rank's, the rest add zeros
     loss, top1, top5, samples = (sum(column) for column in zip(*rows, strict=True))
     return {
         "loss": loss / samples,

@@ -78,7 +78,7 @@ class Meter:
             pin_memory=self._ranks.device.type == "cuda",
         )
         packed = torch.cat([self._sums, flags.to(self._ranks.device, non_blocking=True)])
-        loss, correct, samples, stops, interval, saves = self._ranks.all_reduce(packed).tolist()
+        loss, correct, samples, stops, interval, saves = self._ranks.read_sum(packed)
         self._sums.zero_()
         self.totals = Totals(
             loss=self.totals.loss + loss,

@@ -282,6 +282,8 @@ def _settle(
 def _culprits(parts: Parts, feed: Feed, step: int, run: Run) -> list[Culprit]:
     """Run a skipped step's batch again on every rank, to see where it went wrong. Collective."""
     config, generation = parts.config, feed.sampler.generation
+    if config.parallel.sync_batchnorm:
+        return []  # its forward waits for the other ranks: none can repeat the batch by itself
     batch = feed.take(step)
 
     def loss_of(part: Batch) -> Tensor:

@@ -135,6 +135,7 @@ def _notes(config: Any) -> tuple[int | None, int | None]:
         return found, chain.read(run.path).micro_batch_size
 
 
+@pytest.mark.slow
 def test_the_next_attempt_of_a_chain_knows_the_micro_batch(tmp_path: Path) -> None:
     config = small(tmp_path)
     assert run_ranks(_notes, 2, config) == [(None, 8)] * 2, "the smallest of all ranks counts"
@@ -176,6 +177,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_attempt_tells_the_first_cause(kind: str, tmp_path: Path) -> None:
     config = small(tmp_path / "run", "train.steps=9", "checkpoint.every_steps=4")
@@ -199,6 +201,7 @@ def test_the_next_attempt_tells_the_first_cause(kind: str, tmp_path: Path) -> No
         assert "faults.py" in kept[0].read_text(), "the traceback leads to the place"
 
 
+@pytest.mark.slow
 def test_a_repeated_exception_ends_with_93_on_the_third_attempt(tmp_path: Path) -> None:
     config = small(tmp_path / "run", "train.steps=9")
     for number in range(3):

@@ -345,6 +345,7 @@ def rolled_back(config: Any) -> list[Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_may_resume_a_second_time_in_one_process(tmp_path: Path) -> None:
     options = ("train.steps=12", "checkpoint.every_steps=3", "checkpoint.keep_last=9")
     seen = run_ranks(rolled_back, 2, small(tmp_path, *options))

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_origin
 import pytest
 
 from dist_train.__main__ import main
-from dist_train.config import Config, ConfigError, DataConfig, TrainConfig
+from dist_train.config import Config, ConfigError, DataConfig, ParallelConfig, TrainConfig
 from dist_train.config.arguments import parse
 from dist_train.config.check import RANGES, check, check_world
 from dist_train.config.compose import compose, describe, to_yaml
@@ -198,6 +198,13 @@ def test_rules_between_keys() -> None:
         ({"data": DataConfig(randaugment=True, loader="memory")}, "data.loader=workers"),
         ({"data": DataConfig(mean=(0.5,), std=(0.5, 0.5))}, "give as many"),
         ({"data": DataConfig(mean=(0.5,), std=(0.0,))}, "every value must be above 0"),
+        (
+            {
+                "train": TrainConfig(epochs=1, micro_batch_size="auto"),
+                "parallel": ParallelConfig(sync_batchnorm=True),
+            },
+            "give a number",
+        ),
     ):
         data = DataConfig(val_fraction=0)
         with pytest.raises(ConfigError) as raised:

@@ -21,6 +21,7 @@ def evaluated(config: Config) -> dict[str, Any]:
         return loop.train(config)
 
 
+@pytest.mark.slow
 def test_evaluation_is_identical_on_1_2_3_and_4_ranks(tmp_path: Path) -> None:
     # 70 test pictures in batches of 16: the last is smaller, and no count of ranks divides five
     options = ("train.steps=1", "optim.ema_decay=0.5")

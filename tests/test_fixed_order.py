@@ -93,6 +93,7 @@ def test_the_same_bits_after_a_rank_was_short_of_memory(
     assert found[0][0]["weights_sha256"] == reference[0]
 
 
+@pytest.mark.slow
 def test_short_of_memory_twice_in_a_step_ends_all_and_names_the_shards(tmp_path: Path) -> None:
     fault = StepFault(ranks=(1,), step=6, place="forward", times=2)
     outcomes = start_ranks_of(with_faults, 2, small(tmp_path, *FIXED), (fault,))

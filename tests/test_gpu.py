@@ -37,7 +37,7 @@ def test_one_rank_on_nccl_learns(precision: str, sync: str, tmp_path: Path) -> N
 
 
 def waits(config: Config) -> list[int]:
-    """Return how many times the host waited for the device in each of ten steps."""
+    """Return how many times the host waited for the device in each of ten steps, with loading."""
     from dist_train import train as loop
     from dist_train.claim import open_run
     from dist_train.data.feed import Feed
@@ -57,7 +57,6 @@ def waits(config: Config) -> list[int]:
         feed = Feed(data.loader, sampler, 13)
         meter = Meter(ranks, plan)
         for step in range(13):
-            feed.take(step)  # loading is not the step's
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
@@ -71,11 +70,12 @@ def waits(config: Config) -> list[int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mixing", [(), ("data.mixup=0.4",), ("data.cutmix=1",)])
 @pytest.mark.parametrize(("lag", "expected"), [(0, 1), (1, 0)])
 def test_a_step_waits_for_the_device_only_where_it_says(
-    precision: str, lag: int, expected: int, tmp_path: Path
+    precision: str, mixing: tuple[str, ...], lag: int, expected: int, tmp_path: Path
 ) -> None:
-    options = (f"precision={precision}", f"guards.lag={lag}", "optim.clip_norm=1")
+    options = (f"precision={precision}", f"guards.lag={lag}", "optim.clip_norm=1", *mixing)
     assert run_ranks(waits, 1, small(tmp_path, *GPU, *options))[0] == [expected] * 10
 
 

@@ -150,6 +150,7 @@ def test_a_fused_optimizer_whose_first_step_is_skipped_stays_sane(
         assert scaler.get_scale() == 512.0
 
 
+@pytest.mark.slow
 def test_a_restart_of_a_chain_that_diverged_ends_at_once(tmp_path: Path) -> None:
     config = poisoned(tmp_path, list(range(1, 50)), "guards.max_consecutive=2")
     chain = {"DIST_TRAIN_CHAIN": "one start"}

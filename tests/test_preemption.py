@@ -51,6 +51,7 @@ PLACES = {  # where, and from which step on
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_stop_loses_nothing_and_changes_no_bit(
@@ -62,6 +63,7 @@ def test_a_stop_loses_nothing_and_changes_no_bit(
     stopped_then_finished(tmp_path, [fault], clean, reason=f"{number.name} on rank {rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["after the step", "in the save"])
 def test_a_second_signal_while_stopping_changes_nothing(
     where: str, clean: dict[str, Any], tmp_path: Path
@@ -130,6 +132,7 @@ def _signalled_first(config: Any, asked: tuple[int, ...]) -> dict[str, Any]:
         return train(config)
 
 
+@pytest.mark.slow
 def test_stopped_ranks_do_not_wait_for_one_that_never_comes(tmp_path: Path) -> None:
     config = small(tmp_path / "run")
     outcomes = start_ranks_of(_alone, 2, config, timeout_sec=50)

@@ -132,6 +132,7 @@ def test_the_run_id_is_torchruns() -> None:
     assert detect_layout(env | {"TORCHELASTIC_RUN_ID": "mine"}).run_id == "mine"
 
 
+@pytest.mark.slow
 def test_a_listener_that_never_answers_ends_in_time(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -107,6 +107,7 @@ def test_divergence_goes_back_once_and_on_by_another_way(tmp_path: Path) -> None
     assert files == ["step_00000012_rank1.pt", "step_00000014_rank1.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anomaly", [False, True])
 def test_a_saved_batch_is_replayed_by_a_command(
     anomaly: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -160,6 +161,7 @@ def test_divergence_before_the_first_save_goes_back_to_the_start(tmp_path: Path)
     assert (back["step"], back["checkpoint"]) == (0, "the start of the run")
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_is_killed_and_resumes_its_own_way(tmp_path: Path) -> None:
     first = run_ranks(trained, 2, small(tmp_path / "a", *SETTINGS), {12: diverge}, 1)
     run_ranks(trained, 2, small(tmp_path / "b", *SETTINGS, "train.steps=18"), {12: diverge}, 1)

@@ -211,6 +211,7 @@ def test_short_of_memory_with_unused_parameters(tmp_path: Path) -> None:
     check_all(tmp_path, 2, list(memory_faults(2, "overlap")), *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["flat", "overlap"])
 def test_memory_and_then_a_nan_drop_the_one_and_skip_the_other(sync: str, tmp_path: Path) -> None:
     options = (*SETTINGS, f"parallel.sync={sync}")
@@ -254,6 +255,7 @@ def test_a_rank_short_of_memory_with_one_sample_ends_all_with_a_cure(tmp_path: P
     assert "rank 1 ran out of memory at step 1, even with one sample at a time" in text
 
 
+@pytest.mark.slow
 def test_the_smaller_micro_batch_survives_a_resume_unless_another_is_asked_for(
     tmp_path: Path,
 ) -> None:

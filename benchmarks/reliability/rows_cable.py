@@ -118,7 +118,6 @@ ROWS = (
         num_trials=12,
         measures="to the notice, or the whole run",
         work=n1,
-        small=2,
         limit_sec=400.0,
         needs="root and /dev/net/tun",
         cannot_run=why_no_cable,

@@ -91,6 +91,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             "parallel.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm refuses CPU tensors"
         )
+    if config.parallel.sync_batchnorm and train.micro_batch_size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size=auto tries sizes on each rank by itself, and the forward of "
+            "parallel.sync_batchnorm=true waits for all ranks: give a number"
+        )
     if data.randaugment and data.loader == "memory":
         raise ConfigError("data.randaugment works on single pictures: set data.loader=workers")
     if data.mean is not None and data.std is not None and len(data.mean) != len(data.std):
