@@ -17,7 +17,7 @@ from tests.faults import train_with
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import SMALL, metrics, small
 from tests.test_resume import HARD
-from tests.test_torchrun import REPOSITORY, ranks_of, torchrun, trained
+from tests.test_torchrun import REPOSITORY, ranks_of, torchrun_with, trained
 
 
 def dist_train_run(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -158,18 +158,7 @@ def test_torchrun_restarts_five_times_of_five(tmp_path: Path) -> None:
         {"rank": n % 2, "step": 0, "place": "before the step", "mark": str(tmp_path / f"f{n}")}
         for n in range(5)
     ]
-    process = torchrun(
-        "--nproc-per-node=2",
-        "--max-restarts=5",
-        "tests/torchrun_entry.py",
-        *SMALL,
-        "train.steps=2",
-        f"run_dir={tmp_path / 'run'}",
-        env={"TEST_FAULTS": json.dumps(faults)},
-    )
-    out, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    assert all(Path(str(f["mark"])).exists() for f in faults), "a fault never fired"
+    out = torchrun_with(faults, "train.steps=2", f"run_dir={tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["attempt"] == 5
     assert "restart 5 from step 0, in 8 s: rank 0 died without a word" in out
 

@@ -51,6 +51,22 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
+def torchrun_with(faults: list[dict[str, Any]], *words: str) -> str:
+    """Train under torchrun, one restart for each fault, to a good end; returns what it said."""
+    process = torchrun(
+        "--nproc-per-node=2",
+        f"--max-restarts={len(faults)}",
+        "tests/torchrun_entry.py",
+        *SMALL,
+        *words,
+        env={"TEST_FAULTS": json.dumps(faults)},
+    )
+    out, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert all(Path(str(fault["mark"])).exists() for fault in faults), "a fault never fired"
+    return out
+
+
 @pytest.mark.slow
 def test_max_restarts_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> None:
     clean = run_ranks(trained, 2, small(tmp_path / "clean", *HARD))[0]
@@ -60,18 +76,7 @@ def test_max_restarts_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> N
         {"rank": 0, "step": 30, "place": "in the save", "mark": str(tmp_path / "f1")},
         {"rank": 1, "step": 44, "place": "before the step", "mark": str(tmp_path / "f2")},
     ]
-    process = torchrun(
-        "--nproc-per-node=2",
-        "--max-restarts=3",
-        "tests/torchrun_entry.py",
-        *SMALL,
-        *HARD,
-        f"run_dir={folder}",
-        env={"TEST_FAULTS": json.dumps(faults)},
-    )
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert all(Path(str(f["mark"])).exists() for f in faults), "a fault never fired"
+    torchrun_with(faults, *HARD, f"run_dir={folder}")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == clean["weights_sha256"]
     assert summary["attempt"] == 3

@@ -57,7 +57,9 @@ def run_rows(
                 wanted = list(range(num_trials if num_trials is not None else default))
             if row.work is None or not wanted:
                 if row.work is not None:
-                    _tell(f"{row.id:<4} not in the small form: it takes minutes")
+                    _tell(
+                        f"{row.id:<4} not in the small form: it takes minutes, or a quiet machine"
+                    )
                 continue
             why_not = row.cannot_run()
             if why_not is not None:
