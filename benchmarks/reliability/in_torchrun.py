@@ -15,6 +15,7 @@ from benchmarks.reliability.row import BrokenPromiseError, Trial
 from tests.settings import SMALL
 
 REPOSITORY = Path(__file__).parents[2]
+RUN_VARIABLE = "RELIABILITY_RUN"  # inherited by all that a launcher starts
 
 
 class Tree:
@@ -71,11 +72,14 @@ class Tree:
             raise BrokenPromiseError(f"no end within {timeout_sec:.0f} s: {self.tail()}") from None
 
     def orphans(self, grace_sec: float = 5.0) -> list[str]:
-        """Return the command lines of processes that live `grace_sec` from now on."""
+        """Return the command lines of processes that live `grace_sec` from now on.
+
+        Also of servers of workers and the like, whose command lines do not name the run.
+        """
         end = time.monotonic() + grace_sec
-        while self.pids() and time.monotonic() < end:
+        while left_of(self.run_dir) and time.monotonic() < end:
             time.sleep(0.05)
-        return [_read(pid, "cmdline").replace("\0", " ")[:200] for pid in self.pids()]
+        return [_read(pid, "cmdline").replace("\0", " ")[:200] for pid in left_of(self.run_dir)]
 
     def tail(self) -> str:
         """Return the end of the output, for a reason."""
@@ -107,7 +111,8 @@ def launched(
         command = [sys.executable, "-m", "launch.cli", "run", f"--nproc={nproc}"]
         command += [f"--max-restarts={max_restarts}"]
     command += [*SMALL, *words, f"run_dir={run_dir}"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | (env or {})
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), RUN_VARIABLE: str(run_dir)}
+    environment |= env or {}
     environment.pop("OMP_NUM_THREADS", None)
     number = len(list(trial.folder.glob("launch.*")))
     output = trial.folder / f"launch.{number}"
@@ -134,9 +139,18 @@ def processes_of(run_dir: Path) -> list[int]:
     return sorted(found)
 
 
+def left_of(run_dir: Path) -> list[int]:
+    """Return the living processes that descend from what `launched` started for `run_dir`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _variable(int(entry.name), RUN_VARIABLE) == str(run_dir):
+            found += [int(entry.name)] if _state(int(entry.name)) != "Z" else []
+    return sorted(found)
+
+
 def kill_all(run_dir: Path) -> None:
     """Send SIGKILL to every process of a run until none is left."""
-    while found := processes_of(run_dir):
+    while found := {*processes_of(run_dir), *left_of(run_dir)}:
         for pid in found:
             send(pid, signal.SIGKILL)
         time.sleep(0.02)

@@ -61,7 +61,6 @@ class Sample:
     files: int
     threads: int
     zombies: int
-    shared: frozenset[str]  # names in /dev/shm that are open or mapped
 
 
 def l1(trial: Trial) -> float | None:
@@ -70,6 +69,7 @@ def l1(trial: Trial) -> float | None:
     words = ("model.factory=tests.nets:noisy_net", "train.steps=100000000", "log_every=10")
     words += ("data.loader=workers", "data.num_workers=1", "data.image_size=12")
     words += ("checkpoint.every_steps=50", "eval.every_steps=100", "optim.schedule=constant")
+    before = set(os.listdir("/dev/shm"))
     with launched(trial, words, nproc=2) as tree:
         tree.wait_for_step(100)
         trial.fired = True
@@ -83,7 +83,7 @@ def l1(trial: Trial) -> float | None:
             send(pid, signal.SIGKILL)
         orphans = tree.orphans()
         check(not orphans, f"processes are left: {orphans}")
-    left = set().union(*(s.shared for s in samples)) & set(os.listdir("/dev/shm"))
+    left = set(os.listdir("/dev/shm")) - before
     late = samples[len(samples) // 4 :]
     slope = _slope([s.sec / 60 for s in late], [s.rss_mib for s in late])
     trial.notes |= {
@@ -111,7 +111,6 @@ def l1(trial: Trial) -> float | None:
 
 def _sample(tree: Tree, sec: float) -> Sample:
     rss, files, threads, zombies = 0, 0, 0, 0
-    shared: set[str] = set()
     living = set(tree.pids())
     for pid in living:
         with contextlib.suppress(OSError, ValueError, IndexError):  # it may just have ended
@@ -119,10 +118,6 @@ def _sample(tree: Tree, sec: float) -> Sample:
             rss += int((folder / "statm").read_text().split()[1]) * PAGE
             files += len(os.listdir(folder / "fd"))
             threads += len(os.listdir(folder / "task"))
-            lines = (folder / "maps").read_text().splitlines()
-            lines += [os.readlink(entry) for entry in (folder / "fd").iterdir()]
-            names = [line.partition("/dev/shm/")[2] for line in lines]
-            shared |= {name for name in names if name and not name.endswith(" (deleted)")}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
@@ -134,7 +129,6 @@ def _sample(tree: Tree, sec: float) -> Sample:
         files=files,
         threads=threads,
         zombies=zombies,
-        shared=frozenset(shared),
     )
 
 

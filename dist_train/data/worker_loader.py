@@ -21,6 +21,8 @@ from dist_train.preemption import SIGNALS, blocked
 # Of the ImageNet training pictures: what pretrained torchvision models expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+LOOK_SEC = 1.0  # between two looks for the rank
+
 Keys = list[tuple[int, int | None]]
 
 
@@ -92,7 +94,7 @@ class WorkerLoader:
             pin_memory=self._device.type == "cuda",
             # a fork after torch has started its threads may deadlock
             multiprocessing_context="forkserver" if workers else None,
-            worker_init_fn=_end_for_own_rank if workers else None,
+            worker_init_fn=_end_with_own_rank if workers else None,
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
@@ -109,18 +111,23 @@ class WorkerLoader:
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def _end_for_own_rank(_number: int) -> None:
-    """Let this worker be ended by SIGTERM from its rank, which waits for it, and by no other's."""
+def _end_with_own_rank(_number: int) -> None:
+    """Let this worker end with its rank, or by SIGTERM from it, and by no other's signal.
+
+    A rank that ends waits for its workers. One that is killed leaves them to the server, which
+    lives as long as they do, and is the parent whose death torch's workers look for.
+    """
     rank = multiprocessing.parent_process()
     assert rank is not None
 
     def listen() -> None:
-        while True:
-            news = signal.sigwaitinfo(SIGNALS)
-            if (news.si_signo, news.si_pid) == (signal.SIGTERM, rank.pid):
-                os._exit(0)
+        while rank.is_alive():
+            news = signal.sigtimedwait(SIGNALS, LOOK_SEC)
+            if news and (news.si_signo, news.si_pid) == (signal.SIGTERM, rank.pid):
+                break
+        os._exit(0)
 
-    threading.Thread(target=listen, name="stop of the rank", daemon=True).start()
+    threading.Thread(target=listen, name="end of the rank", daemon=True).start()
 
 
 class _StepKeys:
