@@ -1,6 +1,6 @@
 """What the guards cost a healthy step: the same loop with and without them, paired in one process.
 
-    torchrun --standalone --nproc-per-node=2 benchmarks/guard_overhead.py
+    python benchmarks/guard_overhead.py
 
 Without means: buffers not remembered, the norm not read, no heartbeats, replicas not compared; the
 watchdog's process (0.2 % of a core) runs in both. Blocks of steps with and without alternate, the
@@ -10,8 +10,10 @@ both alike.
 
 import contextlib
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,18 +30,15 @@ from dist_train.distributed import start_ranks
 from dist_train.heartbeat import Pulse
 from dist_train.order import GlobalOrderSampler
 from dist_train.plan import make_plan
+from dist_train.run_folder import cpu_name
 from dist_train.start import build_parts, throw_away_step
 from dist_train.train import train_step
 from dist_train.watchdog import watch
 
+NUM_RANKS = 2
 CASES = {
     "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
-    "ResNet-9 width 16, batch 64": (
-        "model=resnet9 model.args.width=16",
-        "train.global_batch_size=64",
-        4,
-        30,
-    ),
+    "ResNet-9, batch 64": ("model=resnet9", "train.global_batch_size=64", 4, 30),
 }
 
 
@@ -63,42 +62,40 @@ def without_guards(parts: Any) -> Iterator[None]:
         buffers.remember, recovery.decide = remember, decide
 
 
-def measure(name: str) -> dict[str, Any] | None:
-    """Return rank 0's figures for one case."""
+def measure(name: str, folder: str) -> dict[str, Any] | None:
+    """Return rank 0's figures for one case; `folder` is the same on all ranks."""
     model, batch, steps, pairs = CASES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["experiment=cifar10_tutorial", "data=synthetic", *model.split(), batch]
-        config = compose(
-            [*words, f"run_dir={folder}/run", "optim.clip_norm=1", "device=cpu"]
-        ).config
-        with start_ranks(config) as ranks, open_run(config, ranks) as run:
-            data = open_data(config, ranks)
-            plan = make_plan(config, data.num_train)
-            with watch(config, ranks, run.path, run.warn):
-                parts = build_parts(config, plan, data, run)
-                throw_away_step(parts, data, step=0)
-                sampler = GlobalOrderSampler(
-                    data.num_train,
-                    global_batch_size=plan.global_batch_size,
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                    seed=0,
-                )
-                ratios, sec = _pairs(parts, Feed(data.loader, sampler, 10**9), steps, pairs)
-            parts.replica.close()
-        if ranks.rank != 0:
-            return None
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        return {
-            "case": name,
-            "ranks": ranks.world_size,
-            "pairs": pairs,
-            "steps_a_block": steps,
-            "step_ms_without": 1e3 * sec,
-            "overhead_percent": 100 * (middle - 1),
-            "quartiles_percent": [100 * (low - 1), 100 * (high - 1)],
-            "torch": str(torch.__version__),
-        }
+    words = ["experiment=cifar10_tutorial", "data=synthetic", *model.split(), batch]
+    config = compose([*words, f"run_dir={folder}/run", "optim.clip_norm=1", "device=cpu"]).config
+    with start_ranks(config) as ranks, open_run(config, ranks) as run:
+        data = open_data(config, ranks)
+        plan = make_plan(config, data.num_train)
+        with watch(config, ranks, run.path, run.warn):
+            parts = build_parts(config, plan, data, run)
+            throw_away_step(parts, data, step=0)
+            sampler = GlobalOrderSampler(
+                data.num_train,
+                global_batch_size=plan.global_batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                seed=0,
+            )
+            ratios, sec = _pairs(parts, Feed(data.loader, sampler, 10**9), steps, pairs)
+        parts.replica.close()
+    if ranks.rank != 0:
+        return None
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "case": name,
+        "ranks": ranks.world_size,
+        "pairs": pairs,
+        "steps_a_block": steps,
+        "step_ms_without": 1e3 * sec,
+        "overhead_percent": 100 * (middle - 1),
+        "quartiles_percent": [100 * (low - 1), 100 * (high - 1)],
+        "cpu": cpu_name(),
+        "torch": str(torch.__version__),
+    }
 
 
 def _pairs(parts: Any, feed: Feed, steps: int, pairs: int) -> tuple[list[float], float]:
@@ -138,8 +135,19 @@ def _pairs(parts: Any, feed: Feed, steps: int, pairs: int) -> tuple[list[float],
     return ratios, statistics.median(bare)
 
 
-if __name__ == "__main__":
-    for case in sys.argv[1:] or CASES:
-        found = measure(case)
+def main() -> None:
+    """Start two ranks for each case; as one of them, measure it."""
+    if "RANK" in os.environ:
+        found = measure(*sys.argv[1:])
         if found is not None:
             print(json.dumps(found, indent=1))
+        return
+    for case in sys.argv[1:] or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={NUM_RANKS}", __file__, case, folder]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
