@@ -21,7 +21,8 @@ FORKSERVER.set_forkserver_preload(
 )
 
 FIRST_PORT, NUM_PARTS, PORTS_EACH = 10_000, 40, 500  # Linux's outgoing ones begin at 32,768
-OFFSETS = itertools.cycle(range(PORTS_EACH))
+OFFSETS = itertools.cycle(range(1, PORTS_EACH))
+HELD: list[socket.socket] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,15 +104,28 @@ def free_port() -> int:
     """Return a port that nobody else takes before it is used.
 
     Below the range that outgoing connections take theirs from, and from a part of that which this
-    process has for itself.
+    process has for itself: it holds the part's first port.
     """
-    first = FIRST_PORT + os.getpid() % NUM_PARTS * PORTS_EACH
+    if not HELD:
+        HELD.append(_hold_part())
+    first = HELD[0].getsockname()[1]
     for _ in range(PORTS_EACH):
         with socket.socket() as probe, contextlib.suppress(OSError):
             port = first + next(OFFSETS)
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError(f"ports {first} to {first + PORTS_EACH - 1} are all taken")
+
+
+def _hold_part() -> socket.socket:
+    for part in range(NUM_PARTS):
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", FIRST_PORT + part * PORTS_EACH))
+            return holder
+        except OSError:
+            holder.close()
+    raise AssertionError(f"all parts from port {FIRST_PORT} on are held by other processes")
 
 
 def _rank(

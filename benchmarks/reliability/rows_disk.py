@@ -52,8 +52,6 @@ def c1(trial: Trial) -> float | None:
         trial.fired = bool(events_of(run, "save_failed"))
         check(trial.fired, f"no save failed: {how_it_ended(ends, trial.folder)}")
         check(not list((run / "checkpoints").glob(".*")), "litter is left")
-        steps = [line["step"] for line in lines_of(run) if "train/loss" in line]
-        check(steps == list(range(1, STEPS + 1)), f"lines of steps {steps}")
         found = newest_good(run / "checkpoints", lambda text: None)
         check(found is not None, "no checkpoint is left")
         if stays:
@@ -62,6 +60,8 @@ def c1(trial: Trial) -> float | None:
             ends = called(trial.folder, 2, train_on_disk, config, disk.path, -1, None)
         else:
             check(events_of(run, "save_recovered"), "the saves never came back")
+        steps = [line["step"] for line in lines_of(run) if "train/loss" in line]
+        check(steps == list(range(1, STEPS + 1)), f"lines of steps {steps}")
         check(all(o.error is None for o in ends), how_it_ended(ends, trial.folder))
         difference = trial.clean.difference(run, 2, WORDS)
         check(difference is None, str(difference))
@@ -206,5 +206,6 @@ ROWS = (
         measures="of stall",
         work=c10,
         small=0,  # it compares times: for a machine that does nothing else
+        known="a disk that takes 64 MiB in 0.15 s leaves 7 ms for the one copy of the state",
     ),
 )
