@@ -7,6 +7,7 @@ private methods, the ones of its own `Join`: see TESTED for where they are known
 
 import contextlib
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -89,9 +90,9 @@ class BucketGradients:
     ) -> torch.futures.Future[Tensor]:
         tensor, index = bucket.buffer(), bucket.index()
         self._buckets[index] = tensor
-        if not (bucket.is_last() and self._holds_last()):
+        if not bucket.is_last():
             work = self._all_reduce(tensor)
-            self._fired, self.all_sent = index + 1, bucket.is_last()
+            self._fired = index + 1
             return work.get_future().then(lambda done: done.value()[0])
         # A failure after the last bucket would be invisible to the peers: it is held until the
         # whole backward has succeeded. The callback runs before the reducer's own last one.
@@ -105,11 +106,11 @@ class BucketGradients:
             work.wait()
             future.set_result(tensor)
 
-        torch.autograd.Variable._execution_engine.queue_callback(issue)
+        self._after_backward(issue)
         return future
 
-    def _holds_last(self) -> bool:
-        return True
+    def _after_backward(self, work: Callable[[], None]) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(work)
 
     def _all_reduce(self, tensor: Tensor) -> dist.Work:
         work = dist.all_reduce(tensor, async_op=True)

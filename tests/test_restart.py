@@ -158,7 +158,7 @@ def test_torchrun_restarts_five_times_of_five(tmp_path: Path) -> None:
         {"rank": n % 2, "step": 0, "place": "before the step", "mark": str(tmp_path / f"f{n}")}
         for n in range(5)
     ]
-    out = torchrun_with(faults, "train.steps=2", f"run_dir={tmp_path / 'run'}")
+    out, _ = torchrun_with(faults, "train.steps=2", f"run_dir={tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["attempt"] == 5
     assert "restart 5 from step 0, in 8 s: rank 0 died without a word" in out
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,23 +268,32 @@ def test_the_smaller_micro_batch_survives_a_resume_unless_another_is_asked_for(
     assert run_ranks(follow, 2, small(run, *other), (), {})[0].sizes == [5, 5]
 
 
+def nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
+
+
+def at_once(_self: Any, work: Callable[[], None]) -> None:
+    work()
+
+
 DEFECTS = {
-    "does not poison": ("dist_train.gradients.FlatGradients.poison", "flat"),
-    "does not restore buffers": ("dist_train.gradients.Buffers.restore", "flat"),
-    "does not reset": ("dist_train.overlap.BucketGradients.give_up", "overlap"),
+    "does not poison": ("dist_train.gradients.FlatGradients.poison", nothing, "flat"),
+    "does not restore buffers": ("dist_train.gradients.Buffers.restore", nothing, "flat"),
+    "does not reset": ("dist_train.overlap.BucketGradients.give_up", nothing, "overlap"),
     "does not hold back the last bucket": (
-        "dist_train.overlap.BucketGradients._holds_last",
+        "dist_train.overlap.BucketGradients._after_backward",
+        at_once,
         "overlap",
     ),
-    "does not poison buckets": ("dist_train.overlap.BucketGradients._poison", "overlap"),
+    "does not poison buckets": ("dist_train.overlap.BucketGradients._poison", nothing, "overlap"),
 }
 
 
 def defective(
     defect: str, jobs: list[tuple[Config, tuple[StepFault, ...], dict[int, Any]]]
 ) -> list[Ended]:
-    name = DEFECTS[defect][0]
-    with mock.patch(name, return_value=None):
+    name, instead, _ = DEFECTS[defect]
+    with mock.patch(name, instead):
         return follow_all(jobs)
 
 
@@ -293,7 +302,7 @@ def defective(
 def test_a_recovery_with_a_defect_is_noticed(
     defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, sync = DEFECTS[defect]
+    _, _, sync = DEFECTS[defect]
     names = ("backward 5, step 2", "after the last gradient, step 2")
     scenarios = [s for s in memory_faults(2, sync) if s[0] in names]
     monkeypatch.setattr(f"{__name__}.follow_all", _Defective(defect))

@@ -51,8 +51,8 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
-def torchrun_with(faults: list[dict[str, Any]], *words: str) -> str:
-    """Train under torchrun, one restart for each fault, to a good end; returns what it said."""
+def torchrun_with(faults: list[dict[str, Any]], *words: str) -> tuple[str, str]:
+    """Train under torchrun, one restart for each fault, to a good end; returns (output, errors)."""
     process = torchrun(
         "--nproc-per-node=2",
         f"--max-restarts={len(faults)}",
@@ -64,7 +64,7 @@ def torchrun_with(faults: list[dict[str, Any]], *words: str) -> str:
     out, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert all(Path(str(fault["mark"])).exists() for fault in faults), "a fault never fired"
-    return out
+    return out, errors
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from dist_train.run import Run
 from dist_train.tasks import classification
 from tests.faults import Fault, train_with
 from tests.ranks import run_ranks, start_ranks_of
-from tests.settings import SMALL, small
+from tests.settings import small
 from tests.test_resume import HARD
-from tests.test_torchrun import ranks_of, torchrun
+from tests.test_torchrun import ranks_of, torchrun_with
 
 # Limits of a second: what counts is who is named, and that it takes no collective's timeout.
 QUICK = ("guards.hang_sec=1", "log_every=1", "checkpoint.every_steps=7", "train.steps=200")
@@ -359,19 +359,7 @@ def test_torchrun_restarts_a_run_whose_ranks_hang_to_the_same_bits(tmp_path: Pat
     ]
     for number, fault in enumerate(faults):
         fault["mark"] = str(tmp_path / f"f{number}")
-    process = torchrun(
-        "--nproc-per-node=2",
-        "--max-restarts=2",
-        "tests/torchrun_entry.py",
-        *SMALL,
-        *HARD,
-        f"run_dir={folder}",
-        "guards.hang_sec=2",
-        env={"TEST_FAULTS": json.dumps(faults)},
-    )
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert all(Path(str(fault["mark"])).exists() for fault in faults), "a fault never fired"
+    _, errors = torchrun_with(faults, *HARD, f"run_dir={folder}", "guards.hang_sec=2")
     assert [event["rank"] for event in events(folder, "hang")] == [1, 0]
     assert "dist_train: rank 1 on" in errors
     summary = json.loads((folder / "summary.json").read_text())
