@@ -1,0 +1,178 @@
+"""What SLURM says of jobs, and what is asked of it: scontrol, scancel and sacct as functions.
+
+Only facts that SLURM itself holds: whether a job was preempted, cancelled or out of time is never
+guessed from a clock. https://slurm.schedmd.com/scontrol.html, https://slurm.schedmd.com/sacct.html
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+
+TIMEOUT_SEC = 60.0  # a busy controller answers late
+RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One job, or one element of an array, as SLURM's controller (or accounting) knows it."""
+
+    job_id: str  # "77", or "77_3" for an array's element, "77_[3-5%2]" for those still waiting
+    state: (
+        str  # JobState: RUNNING, PENDING, COMPLETING, PREEMPTED, TIMEOUT, NODE_FAIL, CANCELLED...
+    )
+    reason: str = ""  # why it waits
+    name: str = ""
+    restarts: int = 0
+    may_requeue: bool = False
+    end_time: float | None = None  # seconds since 1970 when its time is over; None: no limit
+    nodes: str = ""  # SLURM's compressed list
+    exit_code: str = ""  # "code:signal"
+
+
+class SlurmError(RuntimeError):
+    """SLURM refused, or does not answer."""
+
+
+def this_job() -> str | None:
+    """Return the id of the job that this process belongs to: `77`, or `77_3` in an array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def is_available() -> bool:
+    """Say whether SLURM's commands are here; inside a container they may not be."""
+    return shutil.which("scontrol") is not None
+
+
+def jobs_of(job_id: str) -> list[Job]:
+    """Return the job, or every element of an array; [] if SLURM does not know it any more.
+
+    The controller forgets a job some minutes after its end (MinJobAge); then accounting is asked.
+
+    Raises:
+        SlurmError: it does not answer.
+    """
+    found = _ask("scontrol", "show", "job", "--oneliner", job_id)
+    if found.returncode == 0:
+        return [read_job(line) for line in found.stdout.splitlines() if "JobId=" in line]
+    if "Invalid job id" in found.stderr:
+        return _from_accounting(job_id)
+    raise SlurmError(_told(found))
+
+
+def job_of(job_id: str) -> Job | None:
+    """Return one job, or one element of an array; None if SLURM does not know it any more."""
+    found = jobs_of(job_id)
+    return found[0] if found else None
+
+
+def read_job(line: str) -> Job:
+    """Read a line of `scontrol show job --oneliner`."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line))
+    job_id = fields["JobId"]
+    if "ArrayTaskId" in fields:
+        tasks = fields["ArrayTaskId"]
+        tasks = tasks if tasks.isdigit() else f"[{tasks}]"
+        job_id = f"{fields['ArrayJobId']}_{tasks}"
+    reason = fields.get("Reason", "")
+    return Job(
+        job_id=job_id,
+        state=fields["JobState"],
+        reason="" if reason == "None" else reason,
+        name=fields.get("JobName", ""),
+        restarts=int(fields.get("Restarts", "0")),
+        may_requeue=fields.get("Requeue") == "1",
+        end_time=_seconds(fields.get("EndTime", "")),
+        nodes=fields.get("NodeList", "").replace("(null)", ""),
+        exit_code=fields.get("ExitCode", ""),
+    )
+
+
+def requeue(job_id: str) -> None:
+    """Ask SLURM to put a job back into the queue.
+
+    Raises:
+        SlurmError: it refuses: requeueing is forbidden on this cluster or for this job.
+    """
+    _do("scontrol", "requeue", job_id)
+
+
+def forbid_requeue(job_id: str) -> None:
+    """Let a job end when it stops. Raises SlurmError."""
+    _do("scontrol", "update", f"JobId={job_id}", "Requeue=0")
+
+
+def allow_requeue(job_id: str) -> None:
+    """Let a job be put back into the queue. Raises SlurmError."""
+    _do("scontrol", "update", f"JobId={job_id}", "Requeue=1")
+
+
+def send(job_id: str, signal_name: str) -> None:
+    """Send a signal to every process of a job's steps, not to its script. Raises SlurmError."""
+    _do("scancel", f"--signal={signal_name}", job_id)
+
+
+def cancel(job_id: str) -> None:
+    """End a job: SIGTERM, and SIGKILL after the cluster's KillWait. Raises SlurmError."""
+    _do("scancel", job_id)
+
+
+def _from_accounting(job_id: str) -> list[Job]:
+    if shutil.which("sacct") is None:
+        return []
+    columns = "JobID,State,JobName,Restarts,NodeList,ExitCode"
+    found = _ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
+    jobs = []
+    for line in found.stdout.splitlines() if found.returncode == 0 else []:
+        name, state, title, restarts, nodes, code = (line.split("|") + [""] * 6)[:6]
+        jobs.append(
+            Job(
+                job_id=name,
+                state=(state.split() or ["UNKNOWN"])[0],  # "CANCELLED by 1000"
+                name=title,
+                restarts=int(restarts) if restarts.isdigit() else 0,
+                nodes="" if nodes == "None assigned" else nodes,
+                exit_code=code,
+            )
+        )
+    return jobs
+
+
+def _seconds(text: str) -> float | None:
+    """Read `2026-01-31T12:00:00`, in this machine's zone as scontrol prints it."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # Unknown, or N/A: no limit
+        return None
+
+
+def _do(*words: str) -> None:
+    done = _ask(*words)
+    if done.returncode != 0 or "error:" in done.stderr:
+        raise SlurmError(_told(done))
+
+
+def _ask(*words: str) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(
+            words,
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SEC,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{words[0]} is not here: run this where SLURM's commands are") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{' '.join(words)}: no answer within {TIMEOUT_SEC:.0f} s") from None
+
+
+def _told(done: "subprocess.CompletedProcess[str]") -> str:
+    """Return what a refused command said, in one line."""
+    text = " ".join((done.stderr or done.stdout).split())
+    return text or f"{' '.join(done.args)} ended with {done.returncode}"
