@@ -11,11 +11,6 @@ import pytest
 from tests.slurm.cluster import Cluster, running_cluster, why_not
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "repeat" in metafunc.fixturenames:
-        metafunc.parametrize("repeat", range(int(metafunc.config.getoption("--times") or 1)))
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     reason = why_not()
