@@ -28,6 +28,8 @@ from dist_train.device import (
     threads_of,
 )
 from dist_train.heartbeat import Pulse
+from dist_train.interface import VARIABLE as GLOO_VARIABLE
+from dist_train.interface import interface_for_gloo
 from dist_train.layout import Layout, detect_layout
 from dist_train.rendezvous import open_store, register
 
@@ -201,6 +203,10 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         return
     if layout.launcher == "torchrun":
         stop_with_parent()
+    if layout.local_world_size < layout.world_size:
+        name = interface_for_gloo(os.environ, layout.master_addr)
+        if name is not None:
+            os.environ[GLOO_VARIABLE] = name
     start = timedelta(seconds=config.parallel.start_timeout_sec)
     store = open_store(layout, config)
     register(store, layout, config, device_name, error)

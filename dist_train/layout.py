@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_train.config import ConfigError
 from dist_train.slurm_step import Task, find_task, number
@@ -93,6 +94,21 @@ def _of_slurm(env: Mapping[str, str], task: Task) -> Layout:
         master_addr=env.get("MASTER_ADDR") or task.nodes[0],
         master_port=number(env, "MASTER_PORT", str(port)),
     )
+
+
+def elastic_nodes(parent: int, env: Mapping[str, str]) -> str | None:
+    """Return MIN:MAX of torchrun's --nnodes if it is such a range, by its command line (Linux)."""
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        words = []
+    given = env.get("PET_NNODES", "")
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--nnodes":
+            given = value or following
+    least, _, most = given.partition(":")
+    return given if most and least != most else None
 
 
 def port_of(name: str) -> int:
