@@ -81,12 +81,17 @@ def run_job(start: list[str], words: list[str]) -> int:
     silent = 0
     while True:
         memory = chains.read(folder)
-        attempt = silent + (memory.attempt + 1 if memory.chain == chain else 0)
-        environment = os.environ | _told(_job(job_id), chain, attempt)
-        code = ranks.run([*start, *words], environment)
+        attempt = memory.attempt + 1 if memory.chain == chain else 0
+        code = ranks.run([*start, *words], os.environ | _told(_job(job_id), chain, attempt))
         status = read_json(folder / "status.json")
         began = status.get("chain") == chain and status["attempt"] >= attempt
         silent = 0 if began else silent + 1
+        if not began and code not in (0, 2, chains.EXIT_CODE) and ranks.stopped_by is None:
+            how = f"the ranks ended with {code} before the run had begun"
+            endless = chains.count_silent(folder, chain=chain, attempt=attempt, how=how)
+            if endless is not None:
+                print_error(endless)
+                return chains.EXIT_CODE
         memory = chains.read(folder)
         following = what_next(
             code,
@@ -130,7 +135,7 @@ def what_next(
         return Next(do="end")
     if state == "failed" and final in (2, chains.EXIT_CODE):
         return Next(do="end", code=final, say=reason)
-    if not status and (code == 2 or (code == 0 and not stopped)):
+    if not status and (code in (2, chains.EXIT_CODE) or (code == 0 and not stopped)):
         return Next(do="end", code=code)  # refused in words, or there was nothing left to do
     saved = state == "preempted" or (not status and code == 0)
     if saved and reason.startswith(OWN_LIMIT):
