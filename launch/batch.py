@@ -35,6 +35,7 @@ IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had 
 ASK_AGAIN_SEC = (0.0, 1.0, 4.0)  # a busy controller
 REQUEUE_SEC = 30.0  # for SLURM to say that a requeued job waits
 PORTS_TO_TRY = 50
+TASK_COUNTS = ("SLURM_NTASKS", "SLURM_NPROCS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,8 @@ def run_job(start: list[str], words: list[str]) -> int:
     while True:
         memory = chains.read(folder)
         attempt = memory.attempt + 1 if memory.chain == chain else 0
-        code = ranks.run([*start, *words], os.environ | _told(_job(job_id), chain, attempt))
+        environment = _for_srun(os.environ) | _told(_job(job_id), chain, attempt)
+        code = ranks.run([*start, *words], environment)
         status = read_json(folder / "status.json")
         began = status.get("chain") == chain and status["attempt"] >= attempt
         silent = 0 if began else silent + 1
@@ -199,6 +201,15 @@ class _Ranks:
             told = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(told)
+
+
+def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """Return `env` without the number of tasks, where srun can count them itself.
+
+    With --nodes=2-4 it is that of the least nodes, and srun would believe it.
+    """
+    per_node = "SLURM_NTASKS_PER_NODE" in env
+    return {k: v for k, v in env.items() if not (per_node and k in TASK_COUNTS)}
 
 
 def _told(job: scontrol.Job | None, chain: str, attempt: int) -> dict[str, str]:
