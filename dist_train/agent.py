@@ -94,7 +94,7 @@ class _Report(logging.Handler):
         status = read_json(self._folder / "status.json")
         mine = status if status.get("chain") == self._chain else {}
         over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
-        if self._single and over:  # a rank that dies in its tidying-up is no news
+        if over:  # a rank that dies in its tidying-up is no news
             raise SystemExit(mine["exit_code"])
         memory = chain.read(self._folder)
         if memory.chain == self._chain:  # of several nodes each counts only its own restarts
