@@ -7,7 +7,6 @@ from tests.slurm.cluster import running_cluster, why_not
 from tests.slurm.disturb import (
     FAULTS,
     NODES,
-    TASKS,
     disturbed,
     preempt,
     requeue,
@@ -16,6 +15,7 @@ from tests.slurm.disturb import (
 )
 from tests.slurm.jobs import PACED, STEPS, Submitted
 
+TASKS = 2  # of each node
 STOPS = {"preemption": preempt, "scontrol requeue": requeue, "USR2": user_signal}
 
 
@@ -25,7 +25,7 @@ def j1(trial: Trial) -> float | None:
     step = trial.dice.randrange(2, STEPS - 12)
     trial.notes["step"] = step
     with running_cluster(cpus=TASKS) as cluster:
-        with disturbed(cluster, name, trial.folder, step=step) as job:
+        with disturbed(cluster, name, trial.folder, step=step, tasks=TASKS) as job:
             trial.fired = True
             begin = time.monotonic()
             _check_end(trial, job, restarts=None if name == "time limit" else 1)

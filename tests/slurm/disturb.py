@@ -10,7 +10,7 @@ from typing import Any
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import PACED, Submitted, submit
 
-NODES, TASKS = 2, 2
+NODES = 2
 # Under a minute's limit: some 25 steps a job, in which the ranks must see the end coming.
 SLOW = "model.args.sec=1.2"
 
@@ -51,8 +51,8 @@ def cut(job: Submitted) -> None:
 
 
 def kill_rank(job: Submitted) -> None:
-    """Kill a rank on the second node."""
-    os.kill(job.rank(3), signal.SIGKILL)
+    """Kill the last rank, on the second node."""
+    os.kill(job.rank(job.events("started")[-1]["world_size"] - 1), signal.SIGKILL)
 
 
 def kill_torchrun(job: Submitted) -> None:
@@ -91,14 +91,16 @@ def submitted(cluster: Cluster, *args: Any, **kwargs: Any) -> Iterator[Submitted
 
 
 @contextmanager
-def disturbed(cluster: Cluster, name: str, folder: Any, *, step: int) -> Iterator[Submitted]:
-    """Yield a job that has met a fault once it had reached `step`."""
+def disturbed(
+    cluster: Cluster, name: str, folder: Any, *, step: int, tasks: int
+) -> Iterator[Submitted]:
+    """Yield a job of `tasks` ranks on each node that has met a fault once it had reached `step`."""
     shape, disturb = FAULTS[name]
     limited = name == "time limit"
     words = (*PACED, SLOW) if limited else PACED
     options = ("--time=1",) if limited else ()
     with submitted(
-        cluster, shape, folder, *words, nodes=NODES, tasks=TASKS, options=options
+        cluster, shape, folder, *words, nodes=NODES, tasks=tasks, options=options
     ) as job:
         job.wait_for_step(min(step, 5) if limited else step)
         disturb(job)
