@@ -89,6 +89,7 @@ WITHOUT_TORCH = (
     "dist_train.chain",
     "dist_train.layout",
     "dist_train.preemption",
+    "launch.job_record",
     "launch.supervise",
     "dist_train.monitor.main",
 )
