@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
+    "submit": ("launch.submit", "submit a training, or a sweep of them, to SLURM"),
     "replay": ("dist_train.replay", "run a batch that was not finite again, and see where"),
     "checkpoint": ("dist_train.checkpoint_tool", "list, verify and show the checkpoints of a run"),
     "verify-resume": (

@@ -44,6 +44,7 @@ class JobRecord:
     git: tuple[GitState, ...] = ()  # of the code at submission; empty: not known
     snapshot: str | None = None  # the folder with a copy of the code that the job runs
     overrides: tuple[str, ...] = ()  # of a sweep: what sets this element apart
+    chain: str = ""  # of jobs that continue one run after each other: the first one's id
 
     @property
     def array_index(self) -> int | None:

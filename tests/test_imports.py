@@ -77,6 +77,8 @@ LATE = {
     ("dist_train/tracking.py", "torch.utils.tensorboard"),
     ("dist_train/wandb_tracker.py", "wandb"),
     ("launch/cli.py", "dist_train"),  # the version
+    ("launch/payload.py", "launch.batch"),  # in the job
+    ("launch/submission.py", "submitit.slurm.slurm"),
 }
 # dist_train's own that the launcher may import: none of them imports torch.
 OF_LAUNCH = ("dist_train", "dist_train.config")
@@ -90,6 +92,8 @@ WITHOUT_TORCH = (
     "dist_train.layout",
     "dist_train.preemption",
     "launch.job_record",
+    "launch.payload",
+    "launch.submit",
     "launch.supervise",
     "dist_train.monitor.main",
 )
