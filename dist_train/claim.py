@@ -75,6 +75,8 @@ def _claim(run: Run) -> Claim:
     config, folder, ranks = run.config, run.folder, run.ranks
     folder.claim()
     run.say(f"run folder: {folder.path}")
+    how_many = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    run.say(f"{how_many}, started by {ranks.started_by}")
     status = folder.read_status()
     if has_ended(status, ranks.chain, ranks.attempt):
         return Claim(ended=(earlier_end(str(status.get("reason"))), status["exit_code"]))

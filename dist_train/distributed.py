@@ -48,6 +48,7 @@ class Ranks:
     local_world_size: int
     attempt: int
     launcher: str
+    started_by: str  # in words: the rule by which this process knew its place
     chain: str
     device: torch.device
     control: dist.ProcessGroup | None  # gloo, for decisions; None: no process group at all
@@ -247,6 +248,7 @@ def _ranks(
         local_world_size=layout.local_world_size,
         attempt=layout.attempt,
         launcher=layout.launcher,
+        started_by=layout.rule,
         chain=layout.chain,
         device=device,
         control=control,

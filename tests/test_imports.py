@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("config",),
+    ("slurm_step",),
     (
         "checkpoint_folder",
         "heartbeat",
@@ -81,7 +82,13 @@ LATE = {
     ("launch/submission.py", "submitit.slurm.slurm"),
 }
 # dist_train's own that the launcher may import: none of them imports torch.
-OF_LAUNCH = ("dist_train", "dist_train.config")
+OF_LAUNCH = (
+    "dist_train",
+    "dist_train.config",
+    "dist_train.layout",
+    "dist_train.preemption",
+    "dist_train.slurm_step",
+)
 WITHOUT_TORCH = (
     "launch.cli",
     "launch.local",
@@ -95,6 +102,9 @@ WITHOUT_TORCH = (
     "launch.payload",
     "launch.submit",
     "launch.supervise",
+    "launch.batch",
+    "launch.scontrol",
+    "dist_train.slurm_step",
     "dist_train.monitor.main",
 )
 
