@@ -16,7 +16,7 @@ from dist_train.config.redact import redact, redact_words
 from dist_train.config.whole_file import read_json, write_atomically
 
 JOBS_DIR = Path("runs/jobs")
-FILE_NAME = re.compile(r"(\d+(?:_\d+)?)\.json")
+JOB_ID = re.compile(r"\d+(?:_\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +75,25 @@ def write_record(jobs_dir: Path, record: JobRecord) -> None:
 
 def read_records(jobs_dir: Path) -> list[JobRecord]:
     """Return the records of a folder, by job id; files that are none are left out."""
-    files = [path for path in jobs_dir.glob("*.json") if FILE_NAME.fullmatch(path.name)]
+    files = [path for path in jobs_dir.glob("*.json") if JOB_ID.fullmatch(path.stem)]
     read = [_record(read_json(path)) for path in files]
     return sorted((record for record in read if record is not None), key=lambda r: order(r.job_id))
+
+
+def find_records(records: list[JobRecord], job: str) -> list[JobRecord]:
+    """Return the job that is meant, every element of an array, or the last one of a run folder.
+
+    A folder that a chain of jobs writes to has them all.
+
+    Args:
+        records: those of a folder.
+        job: `77`, `77_3`, or a run folder.
+    """
+    if JOB_ID.fullmatch(job):
+        return [r for r in records if job in (r.job_id, r.job_id.partition("_")[0])]
+    folder = Path(job).resolve()
+    there = [r for r in records if r.path(r.run_dir).resolve() == folder]
+    return [r for r in there if r.chain and r.chain == there[-1].chain] or there[-1:]
 
 
 def order(job_id: str) -> tuple[int, ...]:
