@@ -58,13 +58,14 @@ def state_of(record: JobRecord, job: scontrol.Job | None, *, asked: bool) -> Job
     if run == "running" and asked and (over or (job is not None and job.is_waiting)):
         run = "died"
     failed = run in ("failed", "died") or (job is not None and job.state == "FAILED")
+    reason = str(status.get("reason") or (errors[-1] if errors else ""))
     accuracy = _number(summary.get("eval_accuracy"))
     return JobState(
         record=record,
         slurm=None if job is None else job.state,
         waits_for=job.reason if job is not None and job.is_waiting else "",
         run=run,
-        reason=str(status.get("reason") or (errors[-1] if errors else "")) if failed else "",
+        reason=" ".join(reason.split()) if failed else "",
         step=max(steps, default=None),
         total_steps=int(progress[-1][1]) if progress else None,
         loss=_last(lines, "train/loss"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import shlex
 import shutil
 import subprocess
@@ -96,7 +97,8 @@ def submit(submission: Submission) -> list[str]:
     with _alone_in(folder):
         before = set(folder.iterdir())
         try:
-            jobs = executor.submit_array(submission.payloads)
+            with contextlib.redirect_stderr(io.StringIO()):  # it repeats there what it raises
+                jobs = executor.submit_array(submission.payloads)
         except (RuntimeError, subprocess.SubprocessError) as refusal:
             for path in set(folder.iterdir()) - before:
                 path.unlink()
