@@ -112,8 +112,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         elif name == "shape":
             group.add_argument(option, choices=("srun", "torchrun"), help=HELP[name])
         else:
-            kind = int if hint == int | None else str
-            group.add_argument(option, type=kind, metavar="N", help=HELP[name])
+            kind, shown = (int, "N") if hint == int | None else (str, "VALUE")
+            group.add_argument(option, type=kind, metavar=shown, help=HELP[name])
 
 
 def settings_of(options: argparse.Namespace) -> JobSettings:

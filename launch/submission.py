@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import os
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ FORGET_TASKS = "unset SLURM_NTASKS SLURM_NPROCS"
 # submitit always asks for a signal. It goes to the shell, which ignores it: the ranks know when
 # the job's time is over, and how long their save takes.
 SIGNAL = "B:USR2@60"
+OF_A_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +99,8 @@ def submit(submission: Submission) -> list[str]:
     with _alone_in(folder):
         before = set(folder.iterdir())
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # it repeats there what it raises
+            # submitit writes on standard error what it raises.
+            with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
                 jobs = executor.submit_array(submission.payloads)
         except (RuntimeError, subprocess.SubprocessError) as refusal:
             for path in set(folder.iterdir()) - before:
@@ -190,6 +193,17 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("ab") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of an allocation: sbatch would hand them on, and srun obey them."""
+    names = [name for name in os.environ if name.startswith("SLURM_") and name not in OF_A_CLUSTER]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _told(error: Exception) -> str:

@@ -124,7 +124,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     if snapshot is not None:
         elements = [_with_copies(element, options, snapshot) for element in elements]
     return Plan(
-        name=options.name or elements[0].config.experiment,
+        name=options.name or "+".join(dict.fromkeys(e.config.experiment for e in elements)),
         settings=settings,
         elements=elements,
         jobs_dir=options.jobs_dir,

@@ -37,6 +37,7 @@ BODIES = {
     "sbatch": """
 number = 77 + sum('"sbatch"' in line for line in open(f"{folder}/calls")) - 1
 open(f"{folder}/script_{number}", "w").write(open(words[-1]).read())
+open(f"{folder}/environment_{number}", "w").write(json.dumps(dict(os.environ)))
 print(f"Submitted batch job {number}")
 """,
     "srun": "",
@@ -122,3 +123,8 @@ class FakeSlurm:
     def scripts(self) -> list[str]:
         """Return what sbatch was given, in order."""
         return [path.read_text() for path in sorted(self.folder.glob("script_*"))]
+
+    def environments(self) -> list[dict[str, str]]:
+        """Return sbatch's environments, in order: a job inherits them."""
+        paths = sorted(self.folder.glob("environment_*"))
+        return [json.loads(path.read_text()) for path in paths]

@@ -148,6 +148,18 @@ def test_it_says_how_to_follow_the_job(
     assert f"#SBATCH --output={Path.cwd()}/runs/jobs/%j.out\n" in script
 
 
+def test_a_job_inherits_nothing_of_the_allocation_it_is_submitted_from(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_CONF", "MINE"):
+        monkeypatch.setenv(name, "5")
+    shown(capsys, *CPUS, *RUN)
+    [inherited] = slurm.environments()
+    assert [name for name in inherited if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert inherited["MINE"] == "5"
+    assert os.environ["SLURM_NTASKS"] == "5"
+
+
 def test_what_is_remembered_of_a_job(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     before = time.time()
     shown(capsys, *GPUS, "--name", "n", *RUN, "run_dir=x", "model.args.api_key=hunter2hunter2")
