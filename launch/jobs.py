@@ -68,9 +68,10 @@ def records_of(jobs_dir: Path, job: str | None) -> list[JobRecord]:
 
 def _states(options: argparse.Namespace) -> tuple[list[JobState], str]:
     records = records_of(options.jobs_dir, options.job)
-    if options.compare and not any(record.overrides for record in records):
-        raise ConfigError("--compare needs a sweep: name one, dist-train jobs JOB --compare")
-    left_out = 0 if options.all or options.job else max(0, len(records) - NEWEST)
+    if options.compare:
+        records = _newest_sweep(records)
+    everything = options.all or options.compare or options.job
+    left_out = 0 if everything else max(0, len(records) - NEWEST)
     notes = [f"{left_out} older: --all"] if left_out else []
     records, problem = records[left_out:], ""
     if not scontrol.is_available():
@@ -83,6 +84,13 @@ def _states(options: argparse.Namespace) -> tuple[list[JobState], str]:
         notes.append(f"{problem}; this is what the run folders say")
     states = [state_of(r, known.get(r.job_id), asked=not problem) for r in records]
     return states, "".join(f"({note})\n" for note in notes)
+
+
+def _newest_sweep(records: list[JobRecord]) -> list[JobRecord]:
+    arrays = [r.job_id.partition("_")[0] for r in records if r.overrides]
+    if not arrays:
+        raise ConfigError("--compare needs a sweep: name one, dist-train jobs JOB --compare")
+    return [r for r in records if r.overrides and r.job_id.partition("_")[0] == arrays[-1]]
 
 
 def _overview(states: list[JobState]) -> str:
@@ -104,7 +112,6 @@ def _overview(states: list[JobState]) -> str:
 
 def _comparison(states: list[JobState]) -> str:
     """Return the elements of a sweep, the best finished one first and marked."""
-    states = [state for state in states if state.record.overrides]
     ranked = sorted(states, key=_merit, reverse=True)
     keys = list(dict.fromkeys(_key(o) for state in states for o in state.record.overrides))
     rows = [("", "job", *keys, "validation", "test", "loss", "step", "run", "run folder")]

@@ -47,8 +47,9 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, its last steps too."""
-        return not (self.is_waiting or self.is_running or self.state == "COMPLETING")
+        """Whether it has ended, its last steps too, and is not on its way back to the queue."""
+        returns = self.may_requeue and self.state in ("PREEMPTED", "NODE_FAIL")
+        return not (self.is_waiting or self.is_running or returns or self.state == "COMPLETING")
 
     @property
     def is_out_of_time(self) -> bool:

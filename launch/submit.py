@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         print_error(str(mistake))
         return 2
     except OSError as error:
-        print_error(f"cannot write {error.filename}: {error.strerror}: choose another --jobs-dir")
+        print_error(f"the job's files cannot be written ({error}): choose another --jobs-dir")
         return 2
     return 0
 

@@ -208,8 +208,10 @@ def test_a_sweep_compared(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) 
     trained("runs/2", "slurm-77_2", metrics=[{"step": 3, "eval/accuracy": 0.999}])
     slurm.job("77_2", "RUNNING")
     trained("runs/3", "slurm-77_3", state="failed", step=2, reason="diverged")
-    *table, note = rows(capsys, "77", "--compare")
-    assert [row[0] for row in table[1:]] == ["*", "77_0", "77_2", "77_3"]
+    submitted("9_0", overrides=("seed=1",))
+    *table, note = rows(capsys, "--compare")
+    assert [row[0] for row in table[1:]] == ["*", "77_0", "77_2", "77_3"], "the newest sweep"
+    assert [*table, note] == rows(capsys, "77", "--compare")
     assert table[0][1:6] == ["optim.lr", "seed", "validation", "test", "loss"]
     assert table[1][1:6] == ["77_1", "0.2", "0", "90.00%", "50.00%"]
     assert table[2][1:5] == ["0.1", "0", "80.00%", "99.00%"]

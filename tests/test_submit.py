@@ -332,6 +332,17 @@ def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(
     assert [p.name for p in Path("runs").rglob("*") if p.is_file()] == [".lock"]
 
 
+def test_a_folder_that_cannot_be_written(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").touch()
+    assert main([*GPUS, *RUN, "--jobs-dir", "taken"]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert "'" + str(Path("taken").absolute()) in line
+    assert "choose another --jobs-dir" in line
+    assert slurm.calls("sbatch") == []
+
+
 def test_a_chain_that_breaks_says_how_far_it_came(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
