@@ -34,25 +34,39 @@ class JobState:
     taken_over: bool  # another job has gone on with the run's folder since
 
 
-def state_of(record: JobRecord, job: scontrol.Job | None, *, asked: bool) -> JobState:
+def at_work(records: list[JobRecord]) -> set[str]:
+    """Return the ids of jobs that their folder tells of: of a chain, the last one that has begun.
+
+    A job has begun when it has written something.
+    """
+    holder = {record.chain: record.job_id for record in reversed(records)}
+    begun = (r for r in records if r.chain and r.path(r.output).is_file())
+    holder |= {record.chain: record.job_id for record in begun}
+    return {r.job_id for r in records if not r.chain or holder[r.chain] == r.job_id}
+
+
+def state_of(
+    record: JobRecord, job: scontrol.Job | None, *, asked: bool, holds: bool = True
+) -> JobState:
     """Return how a job stands.
 
     Args:
         record: what is remembered of it.
         job: what SLURM says of it; None: nothing.
         asked: whether SLURM was asked; if so, a job that it does not know is over.
+        holds: whether it is the one of its chain that is at work on the folder.
     """
     folder = record.path(record.run_dir)
     status = read_json(folder / "status.json")
-    mine = status.get("chain") in (f"slurm-{record.job_id}", f"slurm-{record.chain}")
-    over = job is None or job.is_over
-    taken_over = not mine and over and status.get("time", 0.0) > record.submitted
+    mine = holds and status.get("chain") in (f"slurm-{record.job_id}", f"slurm-{record.chain}")
+    begun, over = record.path(record.output).is_file(), job is None or job.is_over
+    taken_over = not mine and begun and over and status.get("time", 0.0) > record.submitted
     if not mine:
         status = {}
     lines = _records_of(folder / "metrics.jsonl") if status else []
     summary = read_json(folder / "summary.json") if status.get("state") == "finished" else {}
     steps = [x["step"] for x in (status, *lines) if isinstance(x.get("step"), int)]
-    written = tail(record.path(record.output)).decode(errors="replace") if record.output else ""
+    written = tail(record.path(record.output)).decode(errors="replace") if begun else ""
     progress, errors = PROGRESS.findall(written), ERROR.findall(written)
     run = status.get("state")
     if run == "running" and asked and (over or (job is not None and job.is_waiting)):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, print_error
 from launch import scontrol
 from launch.job_record import JOBS_DIR, JobRecord, find_records, read_records
-from launch.job_states import JobState, state_of
+from launch.job_states import JobState, at_work, state_of
 
 NEWEST = 30  # jobs, or elements of arrays, that are shown unless one is named
 
@@ -82,7 +83,11 @@ def _states(options: argparse.Namespace) -> tuple[list[JobState], str]:
         known, problem = {}, f"SLURM does not answer: {error}"
     if problem:
         notes.append(f"{problem}; this is what the run folders say")
-    states = [state_of(r, known.get(r.job_id), asked=not problem) for r in records]
+    holding = at_work(records)
+    states = [
+        state_of(r, known.get(r.job_id), asked=not problem, holds=r.job_id in holding)
+        for r in records
+    ]
     return states, "".join(f"({note})\n" for note in notes)
 
 
@@ -173,4 +178,6 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 def _plain(state: JobState) -> dict[str, object]:
     """Return a job as JSON has it: its record's fields beside those of its state."""
     values = dataclasses.asdict(state)
-    return values.pop("record") | values
+    told = values.pop("record") | values
+    wild = (k for k, v in told.items() if isinstance(v, float) and not math.isfinite(v))
+    return told | {name: str(told[name]) for name in wild}

@@ -129,17 +129,20 @@ def states_of(job_ids: list[str]) -> dict[str, Job]:
     if not arrays:
         return {}
     columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    found = _ask(
+    listed = _ask(
         *("squeue", "--noheader", "--array", "--states=all"),
         *(f"--jobs={','.join(arrays)}", f"--Format={columns}"),
     )
-    if found.returncode != 0 and "Invalid job id" not in found.stderr:  # of a lone forgotten one
-        raise SlurmError(_told(found))
-    jobs = [_from_queue(line) for line in found.stdout.splitlines() if line.strip()]
+    if listed.returncode != 0 and "Invalid job id" not in listed.stderr:  # a lone forgotten one
+        raise SlurmError(_told(listed))
+    jobs = [_from_queue(line) for line in listed.stdout.splitlines() if line.strip()]
     known = {job.job_id.partition("_")[0] for job in jobs}
     forgotten = [job_id for job_id in arrays if job_id not in known]
     jobs += _from_accounting(",".join(forgotten)) if forgotten else []
-    return {job.job_id: job for job in jobs}
+    found = {job.job_id: job for job in jobs}
+    # Elements that were cancelled before they were started go by the array's own number.
+    of_array = {job_id: found.get(job_id.partition("_")[0]) for job_id in job_ids}
+    return {job_id: job for job_id, job in of_array.items() if job is not None} | found
 
 
 def address_of(node: str) -> str | None:

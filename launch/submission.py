@@ -24,8 +24,6 @@ FOLDER = "submitit"  # in the folder of the jobs: its scripts and pickles
 # On preemption and at the end of its time SLURM signals this shell, too: it must outlive the
 # ranks, which are saving.
 TRAP = "trap : TERM USR1 USR2 CONT"
-# With --nodes=2-4 SLURM_NTASKS is what the least nodes would run, and srun would believe it.
-FORGET_TASKS = "unset SLURM_NTASKS SLURM_NPROCS"
 # submitit always asks for a signal. It goes to the shell, which ignores it: the ranks know when
 # the job's time is over, and how long their save takes.
 SIGNAL = "B:USR2@60"
@@ -179,8 +177,6 @@ def _additional(submission: Submission) -> dict[str, Any]:
 
 def _setup(submission: Submission) -> list[str]:
     lines = [TRAP, *submission.settings.setup]
-    if len(submission.settings.node_counts) > 1:
-        lines.append(FORGET_TASKS)
     for name, value in submission.environment:
         more = '"${PYTHONPATH:+:$PYTHONPATH}"' if name == "PYTHONPATH" else ""
         lines.append(f"export {name}={shlex.quote(value)}{more}")

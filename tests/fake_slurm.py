@@ -102,10 +102,12 @@ class FakeSlurm:
         """Let SLURM know a job, or an element of an array."""
         array, _, task = job_id.partition("_")
         element = f"ArrayJobId={array} ArrayTaskId={task} " if task else ""
-        (self.folder / "jobs" / job_id).write_text(
+        written = self.folder / "job"
+        written.write_text(
             f"JobId={array} {element}JobName=x JobState={state} Reason={reason} "
             f"Requeue={int(may_requeue)} Restarts={restarts} EndTime=Unknown\n"
         )
+        written.rename(self.folder / "jobs" / job_id)  # whole, whoever asks meanwhile
 
     def forget(self, job_id: str) -> None:
         """Let SLURM forget a job, as it does some minutes after its end."""

@@ -114,6 +114,16 @@ def test_how_jobs_stand(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) ->
     assert [row[0] for row in rows(capsys, "runs/d")[1:]] == ["80"]
 
 
+def test_elements_that_were_cancelled_while_they_waited(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        submitted(f"77_{number}", f"runs/{number}")
+    slurm.job("77_0", "RUNNING")
+    slurm.job("77", "CANCELLED")  # as squeue lists all that had not started
+    assert [row[2] for row in rows(capsys)[1:]] == ["RUNNING", "CANCELLED", "CANCELLED"]
+
+
 def test_jobs_that_slurm_has_forgotten(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,9 +162,9 @@ def test_a_job_refused_in_words_shows_them(
 
 
 def test_whose_state_a_folder_shows(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
-    submitted("77", "runs/a")
-    submitted("80", "runs/a")
-    submitted("81", "runs/a")
+    for job_id in ("77", "80", "81"):
+        submitted(job_id, "runs/a")
+    (JOBS / "77.out").touch()
     trained("runs/a", "slurm-80", state="running", step=8)
     slurm.job("80", "RUNNING")
     slurm.job("81", "PENDING", reason="Priority")
@@ -170,11 +180,14 @@ def test_the_jobs_of_a_chain_are_one_run(
         submitted(job_id, "runs/a", chain="77")
     slurm.job("78", "RUNNING")
     slurm.job("79", "PENDING", reason="Dependency")
+    for job_id in ("77", "78"):
+        (JOBS / f"{job_id}.out").touch()
     trained("runs/a", "slurm-77", step=8)
     table = rows(capsys, "runs/a")
     assert [row[0] for row in table] == ["job", "77", "78", "79"]
+    assert table[1][2:5] == ["-", "taken over", "-"]
     assert table[2][2:5] == ["RUNNING", "running", "8"]
-    assert table[3][2] == "PENDING (Dependency)"
+    assert table[3][2:5] == ["PENDING (Dependency)", "-", "-"]
 
 
 def test_only_the_newest_unless_asked(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +208,7 @@ def test_jobs_for_programs(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str])
     assert job["job_id"] == "77"
     assert job["overrides"] == list(record.overrides)
     assert (job["slurm"], job["run"], job["step"], job["restarts"]) == ("RUNNING", "running", 4, 3)
-    assert job["loss"] != job["loss"], "NaN"
+    assert job["loss"] == "nan", "not NaN, which is no JSON"
 
 
 def test_a_sweep_compared(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
