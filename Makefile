@@ -11,7 +11,6 @@ EXPERIMENT ?= quickstart
 ARGS ?=
 ROWS ?=
 N ?=
-TIMES ?= 1
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 
 BIN := .venv/bin
@@ -34,10 +33,10 @@ test: $(STAMP) ## run every test that needs no GPU and no cluster, but for the e
 test-exhaustive: $(STAMP) ## every place of a failure in a step, many restarts, verify-resume: minutes each
 	$(PYTEST) -m exhaustive
 
-test-slurm: $(STAMP) ## start a real SLURM cluster here and train on it; TIMES=5 repeats each fault
+test-slurm: $(STAMP) ## start a real SLURM cluster here and train on it
 	@if [ "$$(id -u)" = 0 ] && ! PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); fi
-	$(PYTEST) -m slurm --times=$(TIMES)
+	$(PYTEST) -m slurm
 
 check: check-static ## before every commit: format, lint, types, fast tests
 	$(PYTEST) -m "not slow and not exhaustive and not slurm"

@@ -126,6 +126,13 @@ class Run:
         keep = self.config.checkpoint.keep_last
         self.ranks.from_first(lambda: self.folder.check_space(size, keep))
         self.folder.write_start(self.config)
+        ranks = self.ranks
+        self.folder.event(
+            "started",
+            step=progress.step,
+            world_size=ranks.world_size,
+            started_by=ranks.started_by,
+        )
         self.folder.set_status("running", step=progress.step)
 
     def load_best(self, parts: Parts, progress: Progress) -> None:

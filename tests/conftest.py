@@ -11,10 +11,6 @@ def missing() -> list[str]:
     return [mark for mark, count in NEEDS.items() if torch.cuda.device_count() < count]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--times", type=int, default=1, help="repeats of every fault on the cluster")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     out = [item for item in items if any(item.get_closest_marker(mark) for mark in missing())]
     items[:] = [item for item in items if item not in out]

@@ -1,6 +1,7 @@
-"""One cluster for each pytest process. Without the means for one the tests do not run, and say why;
+"""One cluster for each pytest process.
 
-in continuous integration that is an error.
+Without the means for one the tests do not run, and say why; in continuous integration that is an
+error.
 """
 
 import os
@@ -11,17 +12,16 @@ import pytest
 from tests.slurm.cluster import Cluster, running_cluster, why_not
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "repeat" in metafunc.fixturenames:
-        metafunc.parametrize("repeat", range(int(metafunc.config.getoption("--times") or 1)))
+@pytest.fixture(scope="session")
+def slurm_is_here() -> None:
+    reason = why_not()
+    if reason is not None and os.environ.get("CI"):
+        pytest.fail(f"no SLURM cluster can be started: {reason}")
+    if reason is not None:
+        pytest.skip(f"no SLURM cluster can be started: {reason}")
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    reason = why_not()
-    if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"no SLURM cluster can be started: {reason}")
-        pytest.skip(f"no SLURM cluster can be started: {reason}")
+def cluster(slurm_is_here: None) -> Iterator[Cluster]:
     with running_cluster(cpus=2) as running:
         yield running

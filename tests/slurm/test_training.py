@@ -4,11 +4,6 @@ A disturbed job ends with an undisturbed one's weights, bit for bit; no step is 
 in its metrics.
 """
 
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +12,12 @@ import pytest
 from tests.faults import train_with
 from tests.ranks import run_ranks
 from tests.settings import SMALL, metrics, small
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import PACED, SHAPES, STEPS, Submitted, submit
+from tests.slurm.cluster import Cluster, running_cluster
+from tests.slurm.disturb import FAULTS, NODES, TASKS, disturbed, preempt, submitted
+from tests.slurm.jobs import PACED, SHAPES, STEPS, Submitted
 
 pytestmark = pytest.mark.slurm
 
-NODES, TASKS = 2, 2
 RESNET = ("experiment=cifar10_resnet9", "data.name=synthetic", "data.args.num_train=480")
 RESNET += ("data.args.num_test=96", "train.global_batch_size=48", "train.steps=4", "threads=1")
 RESNET += ("model.args.width=8", "precision=fp32", "log_every=1", "device=cpu")
@@ -33,15 +28,6 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of an undisturbed run on as many ranks, on this machine alone."""
     config = small(tmp_path_factory.mktemp("clean") / "run", *PACED, "model.args.sec=0.0")
     return run_ranks(train_with, NODES * TASKS, config, None)[0]
-
-
-@contextmanager
-def submitted(cluster: Cluster, *args: Any, **kwargs: Any) -> Iterator[Submitted]:
-    job = submit(cluster, *args, **kwargs)
-    try:
-        yield job
-    finally:
-        cluster.run("scancel", job.job_id)
 
 
 def check_whole(job: Submitted, clean: dict[str, Any], *, restarts: int) -> None:
@@ -55,81 +41,14 @@ def check_whole(job: Submitted, clean: dict[str, Any], *, restarts: int) -> None
     assert len(job.events("resumed")) == restarts, job.text()
 
 
-def preempt(job: Submitted) -> None:
-    script = job.run_dir.parent / "urgent.sh"
-    script.write_text("#!/bin/bash\nsleep 1\n")
-    told = job.cluster.run(
-        "sbatch",
-        "--partition=urgent",
-        "--nodes=4",
-        "--exclusive",
-        "--output=/dev/null",
-        str(script),
-    )
-    assert "Submitted" in told
-
-
-def requeue(job: Submitted) -> None:
-    assert job.cluster.run("scontrol", "requeue", job.job_id) == ""
-
-
-def user_signal(job: Submitted) -> None:
-    assert job.cluster.run("scancel", "--signal=USR2", job.job_id) == ""
-
-
-def crash(job: Submitted) -> None:
-    job.cluster.crash(2)
-    job.wait_until(lambda: job.job().restarts == 1, "a requeue after the node's loss")
-    job.cluster.boot(2)
-
-
-def cut(job: Submitted) -> None:
-    job.cluster.cut(2)
-    time.sleep(8)
-    job.cluster.heal(2)
-
-
-def kill_rank(job: Submitted) -> None:
-    os.kill(job.rank(3), signal.SIGKILL)
-
-
-def kill_torchrun(job: Submitted) -> None:
-    agents = [pid for pid, env in job.processes("dist_train.agent").items() if "RANK" not in env]
-    assert len(agents) == NODES
-    os.kill(agents[0], signal.SIGKILL)
-
-
-FAULTS: dict[str, tuple[str, Callable[[Submitted], None]]] = {
-    "preemption": ("B", preempt),
-    "requeue": ("A", requeue),
-    "USR2": ("B", user_signal),
-    "node crash": ("A", crash),
-    "cut cable": ("B", cut),
-    "kill -9 of a rank, tasks": ("B", kill_rank),
-    "kill -9 of a rank, torchrun": ("A", kill_rank),
-    "kill -9 of torchrun": ("A", kill_torchrun),
-}
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_disturbed_job_ends_as_if_nothing_had_happened(
-    name: str, repeat: int, cluster: Cluster, clean: dict[str, Any], tmp_path: Path
+    name: str, cluster: Cluster, clean: dict[str, Any], tmp_path: Path
 ) -> None:
-    shape, disturb = FAULTS[name]
-    with submitted(cluster, shape, tmp_path, *PACED, nodes=NODES, tasks=TASKS) as job:
-        job.wait_for_step(12)
-        disturb(job)
+    with disturbed(cluster, name, tmp_path, step=12) as job:
         check_whole(job, clean, restarts=1)
-
-
-def test_the_time_limit_is_seen_coming(
-    repeat: int, cluster: Cluster, clean: dict[str, Any], tmp_path: Path
-) -> None:
-    words = (*PACED, "model.args.sec=1.2")  # some 25 steps in the minute that a job has at least
-    options = ("--time=1",)
-    with submitted(cluster, "B", tmp_path, *words, options=options) as job:
-        check_whole(job, clean, restarts=1)
-        assert "the job's time is nearly over" in job.events("preempted")[0]["reason"]
+        if name == "time limit":
+            assert "the job's time is nearly over" in job.events("preempted")[0]["reason"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -158,7 +77,7 @@ def test_three_preemptions_and_other_numbers_of_nodes(
             update = ("update", f"JobId={job.job_id}", f"NumNodes={nodes}", f"NumTasks={nodes}")
             assert cluster.run("scontrol", *update) == ""
         check_whole(job, {"weights_sha256": job_sha(job, local, order)}, restarts=3)
-        sizes = [int(e["world_size"]) for e in job.events("begun")]
+        sizes = [int(e["world_size"]) for e in job.events("started")]
         assert sizes == [4, 2, 1, 4]
 
 
@@ -186,3 +105,13 @@ def test_a_job_that_fails_the_same_way_three_times_is_not_requeued(
         assert (status["state"], status["exit_code"]) == ("failed", 93)
         assert "3 times, at the same step" in status["reason"]
         assert status["reason"] in job.text()
+
+
+@pytest.mark.usefixtures("slurm_is_here")
+def test_nodes_whose_own_names_lead_to_themselves(tmp_path: Path) -> None:
+    words = (*SMALL, "train.steps=3")
+    with running_cluster(cpus=1, num_nodes=2, loopback_names=True) as cluster:
+        assert "127.0.1.1" in cluster.run("srun", "-N1", "getent", "ahostsv4", "node1")
+        with submitted(cluster, "B", tmp_path, *words, tasks=1) as job:
+            assert job.wait_for_end().state == "COMPLETED", job.text()
+            assert job.summary()["world_size"] == 2
