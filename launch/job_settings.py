@@ -195,7 +195,7 @@ def _check(settings: JobSettings) -> None:
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", settings.nodes) or not settings.node_counts:
         raise ConfigError(f"--nodes={settings.nodes} must be a number like 4, or a range like 2-4")
     gpus = settings.gpus_per_node
-    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?[1-9]\d*", gpus):
+    if gpus is not None and not re.fullmatch(r"([\w.-]+:)?\d+", gpus):
         raise ConfigError(f"--gpus-per-node={gpus} must be a number like 8, or a type and a number")
     for name in ("tasks_per_node", "cpus_per_task", "array_parallelism"):
         value = getattr(settings, name)
@@ -206,7 +206,7 @@ def _check(settings: JobSettings) -> None:
             "how many ranks a node has is not said: give --gpus-per-node N, or --tasks-per-node N "
             "for a job without GPUs (or write it into configs/cluster)"
         )
-    if gpus is not None and settings.ranks_per_node > settings.gpus:
+    if 0 < settings.gpus < settings.ranks_per_node:
         raise ConfigError(
             f"--tasks-per-node={settings.tasks_per_node} puts several ranks on one GPU "
             f"(--gpus-per-node={gpus}): give at most {settings.gpus} tasks"

@@ -141,7 +141,7 @@ def _parameters(submission: Submission) -> dict[str, Any]:
         "nodes": settings.node_counts[0],
         "ntasks_per_node": 1 if one else ranks,
         "cpus_per_task": cores * ranks if one and cores is not None else cores,
-        "gpus_per_node": settings.gpus_per_node,
+        "gpus_per_node": settings.gpus_per_node if settings.gpus else None,
         "time": settings.minutes,
         "mem": settings.mem,
         "partition": settings.partition,

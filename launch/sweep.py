@@ -48,8 +48,11 @@ def elements_of(options: argparse.Namespace) -> list[Element]:
     if not swept:
         request = compose_request(options)
         return [Element(config=request.config, words=tuple(words_of(options)))]
-    [choices] = _combined(swept)
-    elements = [_element(options, parsed, choice) for choice in choices]
+    spelt = {line: own for override in swept for line, own in _spelt(override).items()}
+    elements = [
+        _element(options, parsed, [spelt.get(line, line) for line in choice])
+        for choice in _combined(swept)
+    ]
     _refuse_shared_folders(elements)
     return elements
 
@@ -61,15 +64,31 @@ def _parsed(line: str) -> Override:
         raise ConfigError(f"{line!r} is no override: write key=value, like optim.lr=0.1") from None
 
 
-def _combined(swept: list[Override]) -> list[list[list[str]]]:
+def _combined(swept: list[Override]) -> list[list[str]]:
     try:
-        return BasicSweeper.split_arguments(swept, max_batch_size=None)
+        [combined] = BasicSweeper.split_arguments(swept, max_batch_size=None)
     except HydraException as error:  # interval(0, 1) has no values to list, glob(*) no folder
         lines = " ".join(override.input_line or "" for override in swept)
         raise ConfigError(
             f"{lines} cannot be listed ({error}): write the values, like optim.lr=0.1,0.2, or "
             "choice(...) or range(...)"
         ) from None
+    return combined
+
+
+def _spelt(override: Override) -> dict[str, str]:
+    """Return {Hydra's spelling: the user's} of plain values: 1e30, not 1e+30."""
+    key, _, values = (override.input_line or "").partition("=")
+    lines = [f"{key}={value.strip()}" for value in values.split(",")]
+    try:
+        ones = [_parsed(line) for line in lines]
+    except ConfigError:  # range(3), or a list with commas of its own
+        return {}
+    if any(one.is_sweep_override() for one in ones):
+        return {}
+    return {
+        f"{o.get_key_element()}={o.get_value_element_as_str()}": o.input_line or "" for o in ones
+    }
 
 
 def _element(options: argparse.Namespace, parsed: list[Override], choice: list[str]) -> Element:

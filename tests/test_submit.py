@@ -210,6 +210,37 @@ def test_the_elements_of_a_sweep_in_a_named_folder(
     assert "--array" not in one
 
 
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("optim.lr=0.10,1e30, 2", ["0.10", "1e30", "2"]),
+        ("optim.betas=[0.9,0.99],[0.8,0.9]", ["[0.9,0.99]", "[0.8,0.9]"]),
+        ("data.root='a,b',c", ["'a,b'", "c"]),
+        ("optim.lr=choice(0.1,0.2)", ["0.1", "0.2"]),
+        ("seed=range(3)", ["0", "1", "2"]),
+        ("optim.lr=tag(x,choice(1e9,2))", ["1000000000.0", "2"]),
+    ],
+)
+def test_values_are_spelt_as_the_user_did(
+    sweep: str, values: list[str], slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown(capsys, *GPUS, *RUN, sweep, "run_dir=x")
+    key = sweep.partition("=")[0]
+    records = read_records(Path("runs/jobs"))
+    assert [r.overrides for r in records] == [(f"{key}={value}",) for value in values]
+
+
+def test_no_gpus_in_place_of_those_of_the_cluster(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cluster", "eight_gpus", "--gpus-per-node", "0", *CPUS, *RUN, "--dry-run"]
+    text = shown(capsys, *words)
+    assert "--gpus" not in text
+    assert "#SBATCH --ntasks-per-node=2\n" in text
+    assert main(["--gpus-per-node", "0", *RUN]) == 2
+    assert "how many ranks a node has is not said" in only_line(capsys.readouterr().err)
+
+
 def test_a_folder_of_ones_own_clusters(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
