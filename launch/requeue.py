@@ -1,5 +1,10 @@
-"""`dist-train requeue JOB`: once more into the queue, with no failures counted."""
+"""`dist-train requeue JOB`: once more into the queue, with no failures counted.
 
+A job that is over, and that SLURM may not requeue or has forgotten, is submitted anew: same script,
+same code, same run folder, another number.
+"""
+
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -8,8 +13,9 @@ from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, print_error
 from dist_train.config.redact import redact_words
 from launch import scontrol
-from launch.job_record import JobRecord
+from launch.job_record import JobRecord, write_record
 from launch.jobs import add_jobs_dir, records_of
+from launch.submission import submit_again
 
 VERIFY_SEC = 60.0  # a running job ends first, within the cluster's KillWait
 LOOK_EVERY_SEC = 0.5
@@ -30,7 +36,7 @@ def main(argv: list[str]) -> int:
             chain = ", ".join(record.job_id for record in records)
             raise ConfigError(f"{options.job} belongs to a chain of jobs: name one of {chain}")
         for record in records:
-            sys.stdout.write(f"{_requeue(record)}\n")
+            sys.stdout.write(f"{_requeue(record, options.jobs_dir)}\n")
     except scontrol.SlurmError as error:
         print_error(f"SLURM refuses: {error}")
         return 2
@@ -40,31 +46,43 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _requeue(record: JobRecord) -> str:
+def _requeue(record: JobRecord, jobs_dir: Path) -> str:
     """Requeue a job and see that it waits; returns what became of it.
 
     Raises:
         ConfigError: SLURM has forgotten it, or it does not come back.
         SlurmError: SLURM refuses.
     """
-    job_id = record.job_id
-    job = scontrol.job_of(job_id)
-    if job is None:
-        words = " ".join(redact_words(record.words))
-        raise ConfigError(
-            f"SLURM has forgotten job {job_id}: submit it again, and it continues the run. Its "
-            f"words: {words}"
-        )
-    if job.is_waiting:
-        return f"job {job_id} waits already ({job.state} {job.reason})"
+    job = scontrol.job_of(record.job_id)
+    if job is not None and job.is_waiting:
+        return f"job {record.job_id} waits already ({job.state} {job.reason})"
     # Without it the next start is the first of its chain; a job that runs now must end before.
     chain_file = record.path(record.run_dir) / "chain.json"
-    if not job.may_requeue:
-        scontrol.allow_requeue(job_id)
-    if not job.is_running:
+    if job is None or not job.is_running:
         chain_file.unlink(missing_ok=True)
-    scontrol.requeue(job_id)
+    if job is None or (job.is_over and not job.may_requeue):
+        return _again(record, jobs_dir)
+    if not job.may_requeue:
+        scontrol.allow_requeue(record.job_id)
+    scontrol.requeue(record.job_id)
     return _verify(record, job, chain_file)
+
+
+def _again(record: JobRecord, jobs_dir: Path) -> str:
+    """Submit a job anew that SLURM has forgotten, or may not requeue: it is over."""
+    job_id = submit_again(record.job_id, jobs_dir=jobs_dir, cwd=record.cwd)
+    if job_id is None:
+        raise ConfigError(
+            f"SLURM cannot requeue job {record.job_id} any more: submit it again, and it continues "
+            f"the run; its words: {' '.join(redact_words(record.words))}"
+        )
+    output = str(Path(record.output).with_name(f"{job_id}.out"))
+    new = dataclasses.replace(record, job_id=job_id, submitted=time.time(), output=output)
+    write_record(jobs_dir, new)
+    return (
+        f"job {record.job_id} is over for SLURM: submitted again as job {job_id}, which continues "
+        "the run"
+    )
 
 
 def _verify(record: JobRecord, before: scontrol.Job, chain_file: Path) -> str:

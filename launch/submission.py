@@ -103,10 +103,37 @@ def submit(submission: Submission) -> list[str]:
         except (RuntimeError, subprocess.SubprocessError) as refusal:
             for path in set(folder.iterdir()) - before:
                 path.unlink()
-            raise ConfigError(f"SLURM refuses the job: {_told(refusal)}") from None
+            raise ConfigError(f"SLURM refuses the job: {_told(str(refusal))}") from None
     for job in jobs:
         job.paths.submitted_pickle.chmod(0o600)  # a word of the command can be a secret
     return [job.job_id for job in jobs]
+
+
+def submit_again(job_id: str, *, jobs_dir: Path, cwd: str) -> str | None:
+    """Hand the script of an earlier job to sbatch once more; returns the new job's id.
+
+    Returns None if the earlier job's files are gone.
+
+    Raises:
+        ConfigError: there is no sbatch, or it refuses; in its words.
+    """
+    folder, (array, _, index) = (jobs_dir / FOLDER).absolute(), job_id.partition("_")
+    script, pickled = folder / f"{array}_submission.sh", folder / f"{job_id}_submitted.pkl"
+    if not script.is_file() or not pickled.is_file():
+        return None
+    words = ["sbatch", "--parsable", *([f"--array={index}"] if index else []), str(script)]
+    try:
+        with _outside_of_a_job():
+            done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as refusal:
+        told = getattr(refusal, "stderr", None) or str(refusal)
+        raise ConfigError(f"SLURM refuses the job: {_told(told)}") from None
+    new = done.stdout.partition(";")[0].strip()  # "78;cluster"
+    shutil.copy2(script, folder / f"{new}_submission.sh")
+    copy = folder / f"{new}_{index}_submitted.pkl" if index else folder / f"{new}_submitted.pkl"
+    shutil.copy2(pickled, copy.with_suffix(".part"))
+    copy.with_suffix(".part").rename(copy)  # the job waits a minute for it, and takes it whole
+    return f"{new}_{index}" if index else new
 
 
 def _executor(submission: Submission) -> "SlurmExecutor":
@@ -202,7 +229,7 @@ def _outside_of_a_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _told(error: Exception) -> str:
+def _told(text: str) -> str:
     """Return sbatch's words in one line."""
-    lines = [line.strip().removeprefix("sbatch: ") for line in str(error).splitlines()]
+    lines = [line.strip().removeprefix("sbatch: ") for line in text.splitlines()]
     return "; ".join(dict.fromkeys(line.removeprefix("error: ") for line in lines if line))

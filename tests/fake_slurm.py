@@ -38,7 +38,7 @@ BODIES = {
 number = 77 + sum('"sbatch"' in line for line in open(f"{folder}/calls")) - 1
 open(f"{folder}/script_{number}", "w").write(open(words[-1]).read())
 open(f"{folder}/environment_{number}", "w").write(json.dumps(dict(os.environ)))
-print(f"Submitted batch job {number}")
+print(number if "--parsable" in words else f"Submitted batch job {number}")
 """,
     "srun": "",
     "scontrol": """

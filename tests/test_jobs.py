@@ -1,6 +1,7 @@
 """The verbs about submitted jobs: jobs, logs, cancel, requeue."""
 
 import json
+import stat
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch import cancel, job_states, jobs, logs, requeue
+from launch import cancel, job_states, jobs, logs, requeue, submit
 from launch.job_record import JobRecord, read_records, write_record
 from tests.fake_slurm import FakeSlurm
 from tests.mistakes import only_line
@@ -396,9 +397,9 @@ def test_a_requeued_job_counts_from_zero(
 ) -> None:
     submitted("77", "runs/a")
     folder = trained("runs/a", "slurm-77", state="failed", exit_code=93, attempt=3)
-    slurm.job("77", "FAILED", may_requeue=False)
+    slurm.job("77", "FAILED")
     assert requeue.main(["runs/a"]) == 0
-    assert asked(slurm) == ["scontrol update JobId=77 Requeue=1", "scontrol requeue 77"]
+    assert asked(slurm) == ["scontrol requeue 77"]
     assert not (folder / "chain.json").exists()
     assert (folder / "status.json").exists()
     assert capsys.readouterr().out == (
@@ -406,7 +407,7 @@ def test_a_requeued_job_counts_from_zero(
     )
     assert requeue.main(["77"]) == 0
     assert capsys.readouterr().out == "job 77 waits already (PENDING BeginTime)\n"
-    assert len(asked(slurm)) == 2
+    assert len(asked(slurm)) == 1
 
 
 def test_a_running_job_counts_until_it_has_ended(
@@ -414,7 +415,7 @@ def test_a_running_job_counts_until_it_has_ended(
 ) -> None:
     submitted("77", "runs/a")
     folder = trained("runs/a", "slurm-77")
-    slurm.job("77", "RUNNING")
+    slurm.job("77", "RUNNING", may_requeue=False)
     was_there = []
 
     def look(words: str) -> None:
@@ -424,6 +425,7 @@ def test_a_running_job_counts_until_it_has_ended(
     monkeypatch.setattr("launch.scontrol.requeue", look)
     assert requeue.main(["77"]) == 0
     assert was_there == [True]
+    assert asked(slurm) == ["scontrol update JobId=77 Requeue=1"]
     assert not (folder / "chain.json").exists()
 
 
@@ -434,8 +436,8 @@ def test_a_requeue_that_fails_is_told(
     submitted("77", "runs/a")
     assert requeue.main(["77"]) == 2
     line = refusal(capsys)
-    assert "SLURM has forgotten job 77: submit it again" in line
-    assert "Its words: seed=1" in line
+    assert "SLURM cannot requeue job 77 any more: submit it again" in line
+    assert "its words: seed=1" in line
     slurm.job("77", "COMPLETED")
     monkeypatch.setattr("launch.scontrol.requeue", lambda job_id: None)
     assert requeue.main(["77"]) == 2
@@ -446,6 +448,49 @@ def test_a_requeue_that_fails_is_told(
     slurm.refuse("scontrol", "Requested operation is presently disabled for job 77\n")
     assert requeue.main(["77"]) == 2
     assert "SLURM refuses: Requested operation is presently disabled" in refusal(capsys)
+
+
+GPUS = ["--gpus-per-node", "2", "experiment=cifar10_tutorial", "train.epochs=1"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_job_that_slurm_cannot_requeue_is_submitted_anew(
+    known: bool, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*GPUS, "run_dir=runs/a"]) == 0
+    folder = trained("runs/a", "slurm-77", state="preempted")
+    if known:
+        slurm.job("77", "COMPLETED", may_requeue=False)  # as `cancel` leaves it
+    capsys.readouterr()
+    assert requeue.main(["77"]) == 0
+    assert capsys.readouterr().out == (
+        "job 77 is over for SLURM: submitted again as job 78, which continues the run\n"
+    )
+    assert not (folder / "chain.json").exists()
+    assert slurm.scripts()[0] == slurm.scripts()[1]
+    first, second = read_records(JOBS)
+    assert (second.job_id, second.output) == ("78", f"{Path.cwd()}/{JOBS}/78.out")
+    assert (second.words, second.run_dir) == (first.words, first.run_dir)
+    pickles = [(JOBS / f"submitit/{job}_submitted.pkl") for job in (77, 78)]
+    assert pickles[0].read_bytes() == pickles[1].read_bytes()
+    assert stat.S_IMODE(pickles[1].stat().st_mode) == 0o600
+    assert requeue.main(["78"]) == 0, "and that one once more"
+
+
+def test_an_element_is_submitted_anew_alone(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*GPUS, "seed=5,6,7"]) == 0
+    slurm.job("77_1", "COMPLETED", may_requeue=False)
+    assert requeue.main(["77_1"]) == 0
+    assert "submitted again as job 78_1" in capsys.readouterr().out
+    assert slurm.calls("sbatch")[1][1:3] == ["--parsable", "--array=1"]
+    again = read_records(JOBS)[-1]
+    assert (again.job_id, again.overrides, again.array_index) == ("78_1", ("seed=6",), 1)
+    assert (JOBS / "submitit/78_1_submitted.pkl").is_file()
+    slurm.refuse("sbatch", "sbatch: error: Invalid account\n")
+    assert requeue.main(["77_1"]) == 2
+    assert refusal(capsys) == "SLURM refuses the job: Invalid account"
 
 
 def test_a_held_job_is_told(
