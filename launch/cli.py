@@ -5,6 +5,11 @@ import sys
 
 VERBS = {
     "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
+    "submit": ("launch.submit", "submit a training, or a sweep of them, to SLURM"),
+    "jobs": ("launch.jobs", "how submitted jobs stand; compare the elements of a sweep"),
+    "logs": ("launch.logs", "the end of a job's output, and what is added to it"),
+    "cancel": ("launch.cancel", "let a job's ranks save and end, and end the job"),
+    "requeue": ("launch.requeue", "put a job into the queue again, with no failures counted"),
     "batch": ("launch.batch", "the body of a batch job: ranks, restarts, requeue"),
     "replay": ("dist_train.replay", "run a batch that was not finite again, and see where"),
     "checkpoint": ("dist_train.checkpoint_tool", "list, verify and show the checkpoints of a run"),

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 TIMEOUT_SEC = 60.0  # a busy controller answers late
 RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+# Of squeue, with their widths in characters.
+COLUMNS = {"JobArrayID": 40, "State": 30, "RestartCnt": 12, "Reason": 80}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +33,23 @@ class Job:
     end_time: float | None = None  # seconds since 1970 when its time is over; None: no limit
     nodes: str = ""  # SLURM's compressed list
     exit_code: str = ""  # "code:signal"
+    output: str = ""  # the file that its output goes to
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is in the queue."""
+        return self.state in WAITING
 
     @property
     def is_running(self) -> bool:
         """Whether it has its nodes, and SLURM has not begun to end it."""
         return self.state in RUNNING
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, its last steps too, and is not on its way back to the queue."""
+        returns = self.may_requeue and self.state in ("PREEMPTED", "NODE_FAIL")
+        return not (self.is_waiting or self.is_running or returns or self.state == "COMPLETING")
 
     @property
     def is_out_of_time(self) -> bool:
@@ -99,7 +113,36 @@ def read_job(line: str) -> Job:
         end_time=_seconds(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", "").replace("(null)", ""),
         exit_code=fields.get("ExitCode", ""),
+        output=fields.get("StdOut", ""),
     )
+
+
+def states_of(job_ids: list[str]) -> dict[str, Job]:
+    """Return what SLURM says of many jobs, elements of arrays one by one; without the forgotten.
+
+    One question for all: a controller that is asked for each of a hundred jobs is slow for others.
+
+    Raises:
+        SlurmError: it does not answer.
+    """
+    arrays = sorted({job_id.partition("_")[0] for job_id in job_ids}, key=int)
+    if not arrays:
+        return {}
+    columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
+    listed = _ask(
+        *("squeue", "--noheader", "--array", "--states=all"),
+        *(f"--jobs={','.join(arrays)}", f"--Format={columns}"),
+    )
+    if listed.returncode != 0 and "Invalid job id" not in listed.stderr:  # a lone forgotten one
+        raise SlurmError(_told(listed))
+    jobs = [_from_queue(line) for line in listed.stdout.splitlines() if line.strip()]
+    known = {job.job_id.partition("_")[0] for job in jobs}
+    forgotten = [job_id for job_id in arrays if job_id not in known]
+    jobs += _from_accounting(",".join(forgotten)) if forgotten else []
+    found = {job.job_id: job for job in jobs}
+    # Elements that were cancelled before they were started go by the array's own number.
+    of_array = {job_id: found.get(job_id.partition("_")[0]) for job_id in job_ids}
+    return {job_id: job for job_id, job in of_array.items() if job is not None} | found
 
 
 def address_of(node: str) -> str | None:
@@ -138,6 +181,21 @@ def send(job_id: str, signal_name: str) -> None:
 def cancel(job_id: str) -> None:
     """End a job: SIGTERM, and SIGKILL after the cluster's KillWait. Raises SlurmError."""
     _do("scancel", job_id)
+
+
+def _from_queue(line: str) -> Job:
+    """Read a line of squeue, whose columns have fixed widths."""
+    values, start = [], 0
+    for width in COLUMNS.values():
+        values.append(line[start : start + width].strip())
+        start += width
+    job_id, state, restarts, reason = values
+    return Job(
+        job_id=job_id,
+        state=state,
+        restarts=int(restarts) if restarts.isdigit() else 0,
+        reason="" if reason == "None" else reason,
+    )
 
 
 def _from_accounting(job_id: str) -> list[Job]:

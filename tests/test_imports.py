@@ -79,6 +79,8 @@ LATE = {
     ("dist_train/tracking.py", "torch.utils.tensorboard"),
     ("dist_train/wandb_tracker.py", "wandb"),
     ("launch/cli.py", "dist_train"),  # the version
+    ("launch/payload.py", "launch.batch"),  # in the job
+    ("launch/submission.py", "submitit.slurm.slurm"),
 }
 # dist_train's own that the launcher may import: none of them imports torch.
 OF_LAUNCH = (
@@ -97,6 +99,13 @@ WITHOUT_TORCH = (
     "dist_train.chain",
     "dist_train.layout",
     "dist_train.preemption",
+    "launch.cancel",
+    "launch.job_record",
+    "launch.jobs",
+    "launch.logs",
+    "launch.payload",
+    "launch.requeue",
+    "launch.submit",
     "launch.supervise",
     "launch.batch",
     "launch.scontrol",

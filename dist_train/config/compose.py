@@ -26,6 +26,7 @@ from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain,
 from dist_train.config.yaml_limits import check_yaml
 
 SCHEMA = "schema_defaults"
+NO_SETTINGS = "cluster"  # a folder beside the groups: what a job asks SLURM for
 BUNDLED = Path(__file__).parents[1] / "_configs"  # in an installed wheel
 CHECKOUT = Path(__file__).parents[2] / "configs"  # in a checkout
 
@@ -109,7 +110,8 @@ def _groups(folders: list[Path]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
+            if path.parent.name != NO_SETTINGS:
+                found.setdefault(path.parent.name, set()).add(path.stem)
     return {group: sorted(names) for group, names in found.items()}
 
 
@@ -161,7 +163,11 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     ]
     if owners:  # model.args.width=64 needs no "+"
         return OverridesParser.create().parse_override(f"++{line.lstrip('+~')}")
-    if config_file is not None and key in ("model", "data", "optim", "experiment", "cluster"):
+    if key == NO_SETTINGS:
+        raise ConfigError(
+            f"{line} is no setting of a run: it belongs to dist-train submit --cluster {value}"
+        )
+    if config_file is not None and key in ("model", "data", "optim", "experiment"):
         raise ConfigError(f"{line}: groups are not used with --config; set single keys instead")
     if key not in known:
         raise ConfigError(unknown_key(key, groups))

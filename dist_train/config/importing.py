@@ -32,7 +32,8 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
     ):
         raise ConfigError(f"{key}={path} must have the form package.module:callable")
     if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.insert(0, str(Path.cwd()))
+        # In safe mode (a job with a copy of the code) what PYTHONPATH names comes first.
+        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, str(Path.cwd()))
     module = _import_module(module_name, f"{key}={path}")
     found = getattr(module, name, None)
     if callable(found):
