@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE, port_of
 from dist_train.preemption import END_TIME_VARIABLE, JOB_LIMIT, OWN_LIMIT
 from dist_train.slurm_step import hosts_of
 from launch import scontrol
+from launch.job_record import JOBS_DIR, JobRecord, record_file, write_record
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had begun
@@ -56,15 +58,16 @@ def main(argv: list[str]) -> int:
             "dist-train batch srun python -m dist_train -- experiment=quickstart"
         )
         return 2
-    return run_job(argv[:split], argv[split + 1 :])
+    return run_job(argv[:split], argv[split + 1 :], remember=True)
 
 
-def run_job(start: list[str], words: list[str]) -> int:
+def run_job(start: list[str], words: list[str], *, remember: bool = False) -> int:
     """Start the ranks until the run is over or the job is; returns the job's exit code.
 
     Args:
         start: the command that starts the ranks: srun and what it runs.
         words: dist_train's overrides and options, appended to it.
+        remember: keep a record of the job: `dist-train submit` has done so, sbatch has not.
 
     Returns:
         0 finished, or stopped and saved; 2 the user's mistake; 93 a restart would only repeat it.
@@ -79,6 +82,8 @@ def run_job(start: list[str], words: list[str]) -> int:
         return 2
     job_id = scontrol.this_job()
     chain = os.environ.get(CHAIN_VARIABLE) or f"slurm-{job_id or os.getpid()}"
+    if remember and job_id is not None:
+        _remember(job_id, folder, words)
     silent = 0
     while True:
         memory = chains.read(folder)
@@ -284,6 +289,26 @@ def _requeue(job_id: str) -> int:
         time.sleep(0.5)
     _say(f"requeued job {job_id}, but SLURM still says that it runs: look at `squeue --me`")
     return 0
+
+
+def _remember(job_id: str, folder: Path, words: list[str]) -> None:
+    """Let `dist-train jobs` know of this job; not being able to is no reason to end it."""
+    if record_file(JOBS_DIR, job_id).exists():
+        return
+    job = _job(job_id)
+    with contextlib.suppress(OSError):
+        write_record(
+            JOBS_DIR,
+            JobRecord(
+                job_id=job_id,
+                name=os.environ.get("SLURM_JOB_NAME", ""),
+                run_dir=str(folder),
+                words=tuple(words),
+                command="sbatch",
+                cwd=str(Path.cwd()),
+                output="" if job is None else job.output,
+            ),
+        )
 
 
 def _say(text: str) -> None:

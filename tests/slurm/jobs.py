@@ -130,8 +130,9 @@ def submit(
     if shape == "B":
         per_node = (f"--ntasks-per-node={tasks}", "--cpus-per-task=1")
     command = ["sbatch", "--parsable", f"--nodes={nodes}", *per_node, "--gpus-per-node=0"]
-    command += ["--time=10", f"--output={output}", *options]
+    command += ["--time=10", f"--output={output}", f"--chdir={folder}", *options]
     variables = {"PYTHON": sys.executable, "NPROC_PER_NODE": str(tasks)}
+    variables["PYTHONPATH"] = str(REPOSITORY)
     told = cluster.run(
         *command, str(REPOSITORY / SHAPES[shape]), f"run_dir={run_dir}", *words, **variables
     )

@@ -4,6 +4,7 @@ A disturbed job ends with an undisturbed one's weights, bit for bit; no step is 
 in its metrics.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def test_a_job_that_fails_the_same_way_three_times_is_not_requeued(
         assert (status["state"], status["exit_code"]) == ("failed", 93)
         assert "3 times, at the same step" in status["reason"]
         assert status["reason"] in job.text()
+    records = ("--jobs-dir", str(tmp_path / "runs" / "jobs"))
+    told = cluster.run(sys.executable, "-m", "launch.cli", "jobs", job.job_id, *records)
+    assert status["reason"] in told, told
+    assert "FAILED" in told
 
 
 @pytest.mark.usefixtures("slurm_is_here")
