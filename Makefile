@@ -11,13 +11,14 @@ EXPERIMENT ?= quickstart
 ARGS ?=
 ROWS ?=
 N ?=
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
-.PHONY: help train test test-exhaustive check check-static reliability gpu-check clean
+.PHONY: help train test test-exhaustive test-slurm check check-static reliability gpu-check clean
 
 help: ## show the targets
 	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -27,13 +28,18 @@ train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to co
 	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU and no cluster, but for the exhaustive ones
-	$(PYTEST) -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive and not slurm"
 
 test-exhaustive: $(STAMP) ## every place of a failure in a step, many restarts, verify-resume: minutes each
 	$(PYTEST) -m exhaustive
 
+test-slurm: $(STAMP) ## start a real SLURM cluster here and train on it
+	@if [ "$$(id -u)" = 0 ] && ! PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); fi
+	$(PYTEST) -m slurm
+
 check: check-static ## before every commit: format, lint, types, fast tests
-	$(PYTEST) -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive and not slurm"
 
 check-static: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

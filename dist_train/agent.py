@@ -25,6 +25,7 @@ from dist_train.config.arguments import (
     stop_with_parent,
 )
 from dist_train.config.whole_file import read_json, write_atomically
+from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
 
 LOGGER = "torch.distributed.elastic.multiprocessing.api"
 FAILED = "failed (exitcode"  # the line that tells of an attempt's end: exit code, local rank
@@ -53,7 +54,7 @@ def main() -> int:
         for number in STOPS:  # and for those that an older torchrun does not know
             signal.signal(number, calm)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STOPS))
-    report = _Report(Path(os.environ[RUN_DIR_VARIABLE]), os.environ["DIST_TRAIN_CHAIN"])
+    report = _Report(Path(os.environ[RUN_DIR_VARIABLE]), os.environ[CHAIN_VARIABLE])
     logger = logging.getLogger(LOGGER)
     logger.addHandler(report)
     logger.propagate = verbose  # else one line an attempt is enough
@@ -74,7 +75,7 @@ class _Report(logging.Handler):
         super().__init__(logging.ERROR)
         self._folder = folder
         self._chain = name
-        self._attempt = 0
+        self._attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
         self._silent = 0  # attempts in a row that ended before they had begun
         self._single = os.environ.get(NODES_VARIABLE, "1") == "1"
 

@@ -52,6 +52,7 @@ class CheckpointWriter:
     ) -> None:
         self.folder = folder
         self.cost: SaveCost | None = None  # of the last save that worked
+        self.slowest_sec = 0.0  # of the saves that worked, from the copy to the disk
         self.last_saved: int | None = None
         self.last_error: Exception | None = None  # of the last try; None once one worked
         self._keep_last = keep_last
@@ -208,9 +209,10 @@ class CheckpointWriter:
             )
 
     def _write(self, job: _Job) -> SaveCost:
-        start = time.thread_time()
+        start, began = time.thread_time(), time.monotonic()
         self._mend_folder()
         write_checkpoint(self.folder, job.state, step=job.step)
+        self.slowest_sec = max(self.slowest_sec, job.stall_sec + time.monotonic() - began)
         self._on_saved(job.step)
         try:
             prune(self.folder, keep_last=self._keep_last, keep_step=job.best_step)

@@ -1,6 +1,7 @@
 """May this command continue this folder? The lock, the settings and the status decide."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dist_train.config.whole_file import read_json
 from dist_train.distributed import Ranks
 from dist_train.endings import end_failed, end_unstarted
 from dist_train.failure import ChainNotes, stack_on_crash
+from dist_train.layout import elastic_nodes
 from dist_train.preemption import stop_reason
 from dist_train.run import Run
 from dist_train.run_folder import RunFolder
@@ -75,6 +77,15 @@ def _claim(run: Run) -> Claim:
     config, folder, ranks = run.config, run.folder, run.ranks
     folder.claim()
     run.say(f"run folder: {folder.path}")
+    how_many = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    run.say(f"{how_many}, started by {ranks.started_by}")
+    elastic = elastic_nodes(os.getppid(), os.environ) if ranks.launcher == "torchrun" else None
+    if elastic is not None:
+        run.warn(
+            f"torchrun may change the number of nodes (--nnodes={elastic}): ranks cannot join or "
+            "leave a running attempt, they save and stop. Give a fixed --nnodes; the same command "
+            "continues on any number of nodes"
+        )
     status = folder.read_status()
     if has_ended(status, ranks.chain, ranks.attempt):
         return Claim(ended=(earlier_end(str(status.get("reason"))), status["exit_code"]))

@@ -28,6 +28,8 @@ from dist_train.device import (
     threads_of,
 )
 from dist_train.heartbeat import Pulse
+from dist_train.interface import VARIABLE as GLOO_VARIABLE
+from dist_train.interface import interface_for_gloo
 from dist_train.layout import Layout, detect_layout
 from dist_train.rendezvous import open_store, register
 
@@ -48,6 +50,7 @@ class Ranks:
     local_world_size: int
     attempt: int
     launcher: str
+    started_by: str  # in words: the rule by which this process knew its place
     chain: str
     device: torch.device
     control: dist.ProcessGroup | None  # gloo, for decisions; None: no process group at all
@@ -200,6 +203,10 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         return
     if layout.launcher == "torchrun":
         stop_with_parent()
+    if layout.local_world_size < layout.world_size:
+        name = interface_for_gloo(os.environ, layout.master_addr)
+        if name is not None:
+            os.environ[GLOO_VARIABLE] = name
     start = timedelta(seconds=config.parallel.start_timeout_sec)
     store = open_store(layout, config)
     register(store, layout, config, device_name, error)
@@ -247,6 +254,7 @@ def _ranks(
         local_world_size=layout.local_world_size,
         attempt=layout.attempt,
         launcher=layout.launcher,
+        started_by=layout.rule,
         chain=layout.chain,
         device=device,
         control=control,

@@ -4,12 +4,17 @@ Pure functions: no torch, no network, so that every case can be tested without t
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_train.config import ConfigError
+from dist_train.slurm_step import Task, find_task, number
+
+# Set by what starts ranks again and again: the name of its chain, and which attempt comes next.
+CHAIN_VARIABLE, ATTEMPT_VARIABLE = "DIST_TRAIN_CHAIN", "DIST_TRAIN_ATTEMPT"
+FIRST_PORT, NUM_PORTS = 15_000, 15_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +22,7 @@ class Layout:
     """This process's place, as the launcher gave it."""
 
     launcher: str  # torchrun | slurm | single
+    rule: str = "no launcher"  # by which this was found, in words
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -40,76 +46,75 @@ def detect_layout(env: Mapping[str, str], *, parent: int = 0) -> Layout:
         ConfigError: a variable is missing or is no number.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        attempt = _number(env, "TORCHELASTIC_RESTART_COUNT", "0")
-        world_size = _number(env, "WORLD_SIZE")
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ConfigError(
-                "RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: start with "
-                "torchrun, or unset RANK and WORLD_SIZE for a single process"
-            )
-        return Layout(
-            launcher="torchrun",
-            rank=_number(env, "RANK"),
-            local_rank=_number(env, "LOCAL_RANK", "0"),
-            world_size=world_size,
-            local_world_size=_number(env, "LOCAL_WORLD_SIZE", str(world_size)),
-            run_id=env.get("TORCHELASTIC_RUN_ID", "").removesuffix("none"),
-            attempt=attempt + _number(env, "SLURM_RESTART_COUNT", "0"),
-            chain=env.get("DIST_TRAIN_CHAIN")
-            or env.get("SLURM_JOB_ID")
-            or f"{env.get('TORCHELASTIC_RUN_ID', 'none')}-{parent}",
-            master_addr=env["MASTER_ADDR"],
-            master_port=_number(env, "MASTER_PORT"),
-            store_is_served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        return _of_torchrun(env, parent)
+    task, rule = find_task(env)
+    if task is not None:
+        return _of_slurm(env, task)
+    return Layout(launcher="single", rule=rule, chain=env.get(CHAIN_VARIABLE, ""))
+
+
+def _of_torchrun(env: Mapping[str, str], parent: int) -> Layout:
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        raise ConfigError(
+            "RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: start with "
+            "torchrun, or unset RANK and WORLD_SIZE for a single process"
         )
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return _slurm_step(env)
-    return Layout(launcher="single", chain=env.get("DIST_TRAIN_CHAIN", ""))
-
-
-def _slurm_step(env: Mapping[str, str]) -> Layout:
-    job, step = env.get("SLURM_JOB_ID", "0"), env["SLURM_STEP_ID"]
-    attempt = _number(env, "SLURM_RESTART_COUNT", "0")
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    world_size = _number(env, "SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-    # A port of this job's own, below Linux's ephemeral range; another one after each requeue.
-    digest = hashlib.sha256(f"{job}.{step}.{attempt}".encode()).digest()
-    port = 15000 + int.from_bytes(digest[:4], "big") % 15000
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
+    world_size = number(env, "WORLD_SIZE")
+    before = number(env, ATTEMPT_VARIABLE, env.get("SLURM_RESTART_COUNT", "0"))
     return Layout(
-        launcher="slurm",
-        rank=_number(env, "SLURM_PROCID"),
-        local_rank=_number(env, "SLURM_LOCALID"),
+        launcher="torchrun",
+        rule="torchrun",
+        rank=number(env, "RANK"),
+        local_rank=number(env, "LOCAL_RANK", "0"),
         world_size=world_size,
-        local_world_size=_tasks_here(tasks, _number(env, "SLURM_NODEID", "0"), world_size),
-        attempt=attempt,
-        chain=f"slurm-{job}",
-        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
-        master_port=_number(env, "MASTER_PORT", str(port)),
+        local_world_size=number(env, "LOCAL_WORLD_SIZE", str(world_size)),
+        run_id=env.get("TORCHELASTIC_RUN_ID", "").removesuffix("none"),
+        attempt=before + number(env, "TORCHELASTIC_RESTART_COUNT", "0"),
+        chain=env.get(CHAIN_VARIABLE)
+        or env.get("SLURM_JOB_ID")
+        or f"{env.get('TORCHELASTIC_RUN_ID', 'none')}-{parent}",
+        master_addr=env["MASTER_ADDR"],
+        master_port=number(env, "MASTER_PORT"),
+        store_is_served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
-def first_host(nodelist: str) -> str:
-    """Return the first host of SLURM's compressed list, such as `rack[1-2]node[03-7,9],login`."""
-    first = re.split(r",(?![^\[]*\])", nodelist.strip())[0]
-    return re.sub(r"\[([^\]]*)\]", lambda m: re.split("[-,]", m.group(1))[0], first)
+def _of_slurm(env: Mapping[str, str], task: Task) -> Layout:
+    attempt = number(env, ATTEMPT_VARIABLE, str(task.restarts))
+    port = port_of(f"{task.job}.{task.step}.{attempt}")
+    return Layout(
+        launcher="slurm",
+        rule=str(task),
+        rank=task.rank,
+        local_rank=task.local_rank,
+        world_size=task.num_tasks,
+        local_world_size=task.tasks_here,
+        attempt=attempt,
+        chain=env.get(CHAIN_VARIABLE) or f"slurm-{task.job}",
+        master_addr=env.get("MASTER_ADDR") or task.nodes[0],
+        master_port=number(env, "MASTER_PORT", str(port)),
+    )
 
 
-def _tasks_here(tasks: str, node: int, default: int) -> int:
-    """Read this node's number of tasks from SLURM's `2(x3),1`."""
-    counts: list[int] = []
-    for part in filter(None, tasks.split(",")):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if found:
-            counts += [int(found.group(1))] * int(found.group(2) or 1)
-    return counts[node] if node < len(counts) else default
+def elastic_nodes(parent: int, env: Mapping[str, str]) -> str | None:
+    """Return MIN:MAX of torchrun's --nnodes if it is such a range, by its command line (Linux)."""
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        words = []
+    given = env.get("PET_NNODES", "")
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--nnodes":
+            given = value or following
+    least, _, most = given.partition(":")
+    return given if most and least != most else None
 
 
-def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
-    text = env.get(name, default)
-    if text is None or not text.lstrip("-").isdigit():
-        raise ConfigError(f"the launcher's variable {name} is {text!r}: it must be a whole number")
-    return int(text)
+def port_of(name: str) -> int:
+    """Return a port that follows from a name, below Linux's range of outgoing connections."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return FIRST_PORT + int.from_bytes(digest[:4], "big") % NUM_PORTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,6 +42,7 @@ class Meter:
         self.totals = Totals()
         self._interval = 1
         self.save_agreed = False  # at the last meeting
+        self.slowest_sec = 0.0  # from one meeting to the next, of training
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -69,6 +70,7 @@ class Meter:
         """
         step, sec = progress.step, self._clock.elapsed()
         progress.train_sec += sec
+        self.slowest_sec = max(self.slowest_sec, sec)
         per_step = max(1e-9, sec / max(1, step - self._last_meeting))
         wish = max(1, min(self._plan.log_every, int(AGREE_EVERY_SEC / per_step)))
         first = self._ranks.rank == 0

@@ -1,7 +1,8 @@
 """A request to stop, by signal or time limit: it sets a flag; the ranks agree on the step.
 
-SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 all mean: save and end. Imports no torch, so that `python -m
-dist_train` listens before that import, and train() takes up what was heard.
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 all mean: save and end. So does the end of the job's time,
+early enough for the save. Imports no torch, so that `python -m dist_train` listens before that
+import, and train() takes up what was heard.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 
 SIGNALS: tuple[signal.Signals, ...] = (
@@ -20,6 +21,11 @@ SIGNALS: tuple[signal.Signals, ...] = (
 )
 INTERRUPTS_TO_QUIT = 3  # a person at a keyboard who does not want to wait for the save
 INTERRUPTED = 130  # exit code, as of a shell
+OWN_LIMIT, JOB_LIMIT = "train.max_minutes is over", "the job's time is nearly over"
+# When the job's time is over, in seconds since 1970: as asked by the job's script, or as SLURM
+# says at the start (from 22.05 on).
+END_TIME_VARIABLE = "DIST_TRAIN_END_TIME"
+END_TIME_VARIABLES = (END_TIME_VARIABLE, "SLURM_JOB_END_TIME")
 
 
 class StopRequest:
@@ -29,11 +35,22 @@ class StopRequest:
         self._signal: str | None = None
         self._interrupts = 0
         self._deadline: float | None = None
+        self._end_time: float | None = None
+        self._lead_sec: Callable[[], float] = float
         self.limit(max_minutes)
 
     def limit(self, max_minutes: float | None) -> None:
         """Ask for a stop in `max_minutes` from now; None: no limit."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+
+    def end_before(self, end_time: float | None, lead_sec: Callable[[], float]) -> None:
+        """Ask for a stop in time to save before the job's end.
+
+        Args:
+            end_time: seconds since 1970; None: there is no limit.
+            lead_sec: how long before that, asked anew each time: what a save takes is learnt.
+        """
+        self._end_time, self._lead_sec = end_time, lead_sec
 
     @property
     def reason(self) -> str | None:
@@ -41,7 +58,10 @@ class StopRequest:
         if self._signal is not None:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return "train.max_minutes is over"
+            return OWN_LIMIT
+        if self._end_time is not None and time.time() >= self._end_time - self._lead_sec():
+            self._end_time = 0.0  # what a save takes may be corrected: the wish stays
+            return JOB_LIMIT
         return None
 
     @property
@@ -87,6 +107,18 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def job_end(env: Mapping[str, str]) -> float | None:
+    """Return when the job's time is over, in seconds since 1970; None: no limit is known.
+
+    A time that has passed is one of variables that a shell inherited from a job that is over.
+    """
+    for name in END_TIME_VARIABLES:
+        text = env.get(name, "")
+        if text.isdigit() and int(text) > time.time():
+            return float(text)
+    return None
 
 
 @contextlib.contextmanager

@@ -47,6 +47,10 @@ class Launch:
     host: str
     pid: int
 
+    def is_same_run(self, other: "Launch") -> bool:
+        """Say whether these are two starts of one run by one torchrun."""
+        return (self.run_id, self.config_hash) == (other.run_id, other.config_hash)
+
     def is_foreign_to(self, other: "Launch") -> bool:
         """Say whether these are two runs; ranks of one with a slip in their settings are not."""
         if self.run_id and other.run_id and self.run_id != other.run_id:
@@ -90,6 +94,12 @@ def _check_owner(store: Store, layout: Layout, config: Config) -> None:
     owner = Launch(**json.loads(store.get(OWNER)))
     verdict = f"attempt_{layout.attempt}/verdict"
     complete = store.check([verdict]) and store.get(verdict).decode() == FINE
+    if complete and layout.store_is_served and mine.is_same_run(owner):
+        raise ConfigError(
+            "the number of nodes changed while the run was on (torchrun --nnodes=MIN:MAX): ranks "
+            "cannot join or leave it. Start it with a fixed --nnodes; the same command continues "
+            "from the last checkpoint on any number of them"
+        )
     if complete or mine.is_foreign_to(owner):
         what = "has all its ranks already" if complete else "is another run"
         raise ConfigError(

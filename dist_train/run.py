@@ -1,6 +1,7 @@
 """A run's life around the loop: resume, save, report, and end truthfully."""
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -20,12 +21,15 @@ from dist_train.failure import ChainNotes
 from dist_train.metrics import LossWatch, Meter
 from dist_train.optim import learning_rate_in_force
 from dist_train.plan import Plan
+from dist_train.preemption import StopRequest, job_end
 from dist_train.progress import Progress
 from dist_train.run_folder import RunFolder, cpu_name
 from dist_train.saved_states import SavedStates, bytes_of
 from dist_train.saves import Saves
 from dist_train.state import Parts, capture, check_facts, restore, run_facts
 from dist_train.tracking import Trackers, open_trackers
+
+ENDING_SEC = 15.0  # from the save to the end of all processes, and SLURM's answer to a requeue
 
 
 class Run:
@@ -37,6 +41,7 @@ class Run:
         self.path = folder.path
         self.ranks = ranks
         self.finished: dict[str, Any] | None = None
+        self._checkpoint_bytes = 0
         self.chain = ChainNotes(folder.path, ranks, None)  # of restarts: what it remembers
         self.facts: dict[str, Any] = {}
         self.progress: Progress | None = None
@@ -117,9 +122,17 @@ class Run:
 
     def _begin(self, parts: Parts, progress: Progress) -> None:
         size = bytes_of(capture(parts, Progress(), None, {}))
+        self._checkpoint_bytes = size
         keep = self.config.checkpoint.keep_last
         self.ranks.from_first(lambda: self.folder.check_space(size, keep))
         self.folder.write_start(self.config)
+        ranks = self.ranks
+        self.folder.event(
+            "started",
+            step=progress.step,
+            world_size=ranks.world_size,
+            started_by=ranks.started_by,
+        )
         self.folder.set_status("running", step=progress.step)
 
     def load_best(self, parts: Parts, progress: Progress) -> None:
@@ -144,6 +157,24 @@ class Run:
         )
         self.states.wait = self.saves.wait
         stack.callback(self.saves.close)
+
+    def stop_before_job_ends(self, stop: StopRequest, meter: Meter) -> None:
+        """Let rank 0 ask for a stop in time for a save before the job's time is over.
+
+        The others learn of it where all agree. Not collective.
+        """
+        end_time = job_end(os.environ)
+        if self.saves is None or end_time is None:
+            return
+        saves = self.saves
+
+        def lead_sec() -> float:
+            save_sec = saves.expected_sec(self._checkpoint_bytes)
+            return save_sec + 2 * meter.slowest_sec + ENDING_SEC
+
+        stop.end_before(end_time, lead_sec)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end_time))
+        self.say(f"the job's time is over at {at}: the run saves and stops in time")
 
     def open_trackers(self, stack: ExitStack, progress: Progress, plan: Plan) -> None:
         """Open the trackers on rank 0, none elsewhere; closed with `stack`. Collective."""

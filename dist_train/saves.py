@@ -13,6 +13,8 @@ from dist_train.save_period import SavePeriod
 # How long the last save of a run is tried again: a stop must be over before the grace period of
 # whoever asked for it (torchrun: 30 s); at the end nobody waits.
 STOP_RETRY_SEC, END_RETRY_SEC = 10.0, 60.0
+# Before a save was measured: a slow shared file system, and finding the place on it.
+ASSUMED_BYTES_PER_SEC, ASSUMED_LATENCY_SEC = 50e6, 2.0
 
 
 class SaveFailedError(OSError):
@@ -66,6 +68,16 @@ class Saves:
     def any_saved(self) -> bool:
         """Whether this attempt has saved anything."""
         return self._writer.last_saved is not None
+
+    def expected_sec(self, num_bytes: int) -> float:
+        """Return the seconds that the next save may take: twice the slowest of this attempt.
+
+        Args:
+            num_bytes: of a checkpoint, for as long as none was saved.
+        """
+        if self._writer.slowest_sec > 0:
+            return 2 * self._writer.slowest_sec
+        return ASSUMED_LATENCY_SEC + num_bytes / ASSUMED_BYTES_PER_SEC
 
     def wanted(self, step: int) -> bool:
         """Say whether a save is asked for at this boundary, and tell what became of the last."""

@@ -65,6 +65,7 @@ def train(config: Config) -> dict[str, Any]:
         throw_away_step(parts, data, step=progress.step)
         shorten_timeouts(ranks, config.parallel.step_timeout_sec)
         run.open_writer(stack)
+        run.stop_before_job_ends(stop, meter)
         run.open_trackers(stack, progress, plan)
 
         stack.callback(pulse.end)  # the first thing that happens when this block is left

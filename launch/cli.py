@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
+    "batch": ("launch.batch", "the body of a batch job: ranks, restarts, requeue"),
     "replay": ("dist_train.replay", "run a batch that was not finite again, and see where"),
     "checkpoint": ("dist_train.checkpoint_tool", "list, verify and show the checkpoints of a run"),
     "doctor": (

@@ -19,6 +19,8 @@ from dist_train.config.arguments import (
 )
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
+from dist_train.layout import detect_layout
+from dist_train.slurm_step import Task, find_task
 from launch.supervise import supervise
 
 MAX_RESTARTS = 1_000_000  # the limits are those of the run's chain.json, not torchrun's
@@ -42,13 +44,21 @@ def main(argv: list[str]) -> int:
         return subprocess.call(command, env=_with_threads(options.nproc) | ranks)
     command = torchrun_command(options)
     environment = _with_threads(options.nproc) | {NODES_VARIABLE: str(options.nnodes)}
-    return supervise(command, environment, run_dir_of(request.config))
+    return supervise(
+        command,
+        environment,
+        run_dir_of(request.config),
+        chain=options.chain,
+        attempt=options.attempt,
+    )
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
     parser = Parser(prog="dist-train run", description="Start a training on this machine.")
     parser.add_argument("--nproc", default="auto", help="ranks here: a number, or auto (the GPUs)")
-    parser.add_argument("--nnodes", type=int, default=1, help="machines that take part")
+    parser.add_argument(
+        "--nnodes", type=int, help="machines that take part; in a SLURM step all of its nodes"
+    )
     parser.add_argument("--rdzv-id", default="dist_train", help="the same on all machines of a run")
     parser.add_argument("--rdzv-endpoint", help="HOST:PORT on one of them, with --nnodes")
     parser.add_argument("--master-port", type=int, help="a fixed port, for one machine")
@@ -61,11 +71,35 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
     add_run_options(parser)
     options = parser.parse_intermixed_args(argv)
     options.nproc = _number_of_ranks(options.nproc)
+    options.chain, options.attempt = None, 0
+    task, _ = find_task(os.environ)
+    if task is not None and options.nnodes is None:
+        _take_part(options, task)
+    options.nnodes = options.nnodes or 1
     if options.nnodes > 1 and not options.rdzv_endpoint:
         raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT of one of the machines")
     request = compose_request(options)
     check_world(request.config, options.nproc * options.nnodes)
     return options, request
+
+
+def _take_part(options: argparse.Namespace, task: Task) -> None:
+    """Let this machine's torchrun meet those of the step's other nodes.
+
+    Raises:
+        ConfigError: srun started more than one on a node.
+    """
+    if task.num_tasks != len(task.nodes):
+        raise ConfigError(
+            f"srun started {task.num_tasks} tasks on {len(task.nodes)} nodes, and `dist-train run` "
+            "starts the ranks of a whole node: use srun --ntasks-per-node=1, or one task for each "
+            "GPU of `python -m dist_train`"
+        )
+    layout = detect_layout(os.environ)
+    options.nnodes = task.num_tasks
+    options.rdzv_id = f"{task.job}.{task.step}-{layout.attempt}"
+    options.rdzv_endpoint = f"{layout.master_addr}:{layout.master_port}"
+    options.chain, options.attempt = layout.chain, layout.attempt
 
 
 def _number_of_ranks(asked: str) -> int:

@@ -32,6 +32,16 @@ class Job:
     nodes: str = ""  # SLURM's compressed list
     exit_code: str = ""  # "code:signal"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has its nodes, and SLURM has not begun to end it."""
+        return self.state in RUNNING
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether SLURM ends it, or has ended it, at its time limit."""
+        return self.state == "TIMEOUT" or self.reason == "TimeLimit"
+
 
 class SlurmError(RuntimeError):
     """SLURM refused, or does not answer."""
@@ -90,6 +100,15 @@ def read_job(line: str) -> Job:
         nodes=fields.get("NodeList", "").replace("(null)", ""),
         exit_code=fields.get("ExitCode", ""),
     )
+
+
+def address_of(node: str) -> str | None:
+    """Return the address at which SLURM itself reaches a node. Raises SlurmError."""
+    found = _ask("scontrol", "show", "node", "--oneliner", node)
+    if found.returncode != 0:
+        raise SlurmError(_told(found))
+    match = re.search(r"\bNodeAddr=(\S+)", found.stdout)
+    return match.group(1) if match else None
 
 
 def requeue(job_id: str) -> None:

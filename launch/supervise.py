@@ -19,8 +19,8 @@ from dist_train.config.arguments import (
     stop_with_parent,
 )
 from dist_train.config.whole_file import read_json
+from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
 
-CHAIN_VARIABLE = "DIST_TRAIN_CHAIN"
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 INTERRUPTS_TO_QUIT = 3
 SAVE_SEC = 120  # for a save after a signal; torchrun's own limit is 30 s
@@ -28,19 +28,29 @@ TIDY_SEC = 120.0  # from status.json's "finished" to the end of torchrun
 INTERRUPTED = 130
 
 
-def supervise(command: list[str], environment: dict[str, str], run_dir: Path) -> int:
+def supervise(
+    command: list[str],
+    environment: dict[str, str],
+    run_dir: Path,
+    *,
+    chain: str | None = None,
+    attempt: int = 0,
+) -> int:
     """Run torchrun until it ends; returns the exit code of the run.
 
     Args:
         command: torchrun's, which starts the ranks.
         environment: theirs.
         run_dir: where the ranks of this machine write status.json, if they do.
+        chain: that this start continues, the same on all machines; None: a new one.
+        attempt: the next one of that chain.
     """
-    chain = uuid.uuid4().hex[:12]
+    chain = chain or uuid.uuid4().hex[:12]
     with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
         verdict = Path(folder) / "verdict.json"
         environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SEC)} | environment
         environment |= {VERDICT_VARIABLE: str(verdict), CHAIN_VARIABLE: chain}
+        environment[ATTEMPT_VARIABLE] = str(attempt)
         environment[RUN_DIR_VARIABLE] = str(run_dir.absolute())
         # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
         torchrun = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from typing import Any
 
 import torch
@@ -42,6 +43,27 @@ def noisy_net(num_classes: int, *, width: int = 8) -> nn.Module:
     )
 
 
+def paced_net(num_classes: int, *, sec: float, width: int = 8) -> nn.Module:
+    """noisy_net that takes so long for a forward in training, and no core meanwhile."""
+    return _Paced(noisy_net(num_classes, width=width), sec)
+
+
+def paced_plain_net(num_classes: int, *, sec: float, width: int = 8) -> nn.Module:
+    """plain_net, likewise."""
+    return _Paced(plain_net(num_classes, width=width), sec)
+
+
+class _Paced(nn.Module):
+    def __init__(self, inner: nn.Module, sec: float) -> None:
+        super().__init__()
+        self.inner, self.sec = inner, sec
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(self.sec)
+        return self.inner(images)
+
+
 def double_net(num_classes: int) -> nn.Module:
     """plain_net in float64."""
     return _Double(plain_net(num_classes).double())
@@ -71,7 +93,8 @@ class FailAt(nn.Module):
 
     def __init__(self, kind: str, rank: int, call: int) -> None:
         super().__init__()
-        self.kind, self.call = kind, call if int(os.environ.get("RANK", "0")) == rank else -1
+        own = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        self.kind, self.call = kind, call if int(own) == rank else -1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

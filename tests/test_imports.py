@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("config",),
+    ("slurm_step",),
     (
         "checkpoint_folder",
         "heartbeat",
+        "interface",
         "journal",
         "layout",
         "order",
@@ -81,7 +83,13 @@ LATE = {
     ("launch/cli.py", "dist_train"),  # the version
 }
 # dist_train's own that the launcher may import: none of them imports torch.
-OF_LAUNCH = ("dist_train", "dist_train.config")
+OF_LAUNCH = (
+    "dist_train",
+    "dist_train.config",
+    "dist_train.layout",
+    "dist_train.preemption",
+    "dist_train.slurm_step",
+)
 WITHOUT_TORCH = (
     "launch.cli",
     "launch.local",
@@ -93,6 +101,9 @@ WITHOUT_TORCH = (
     "dist_train.layout",
     "dist_train.preemption",
     "launch.supervise",
+    "launch.batch",
+    "launch.scontrol",
+    "dist_train.slurm_step",
     "dist_train.monitor.main",
 )
 

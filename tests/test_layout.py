@@ -1,10 +1,12 @@
 """Who a process is, by the launcher's variables, and what is refused in the table of ranks."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
+from dist_train import slurm_step
 from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.config.arguments import VERDICT_VARIABLE
 from dist_train.device import bind_device, check_precision, threads_of
@@ -13,8 +15,8 @@ from dist_train.layout import (
     Registration,
     check_registrations,
     detect_layout,
-    first_host,
 )
+from dist_train.slurm_step import hosts_of
 
 TORCHRUN = {
     "RANK": "5",
@@ -115,16 +117,81 @@ def test_broken_variables_are_refused(env: dict[str, str], told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "hosts"),
     [
-        ("rack[1-2]node[03-7,9],login", "rack1node03"),
-        ("a,b", "a"),
-        ("n[7,9]", "n7"),
+        ("rack[1-2]node[03-04,9],login", "rack1node03 rack1node04 rack1node9 rack2node03 "
+         "rack2node04 rack2node9 login"),
+        ("a[1],b[2-4]", "a1 b2 b3 b4"),
+        ("rack[1-2]node[3-4]", "rack1node3 rack1node4 rack2node3 rack2node4"),
+        ("n1,n2", "n1 n2"),
+        ("n1,n[3-4]", "n1 n3 n4"),
+        ("gpu[008-011]", "gpu008 gpu009 gpu010 gpu011"),
+        ("n[7,9]-ib", "n7-ib n9-ib"),
         ("127.0.0.1", "127.0.0.1"),
     ],
+)  # fmt: skip
+def test_every_form_of_slurms_list_of_nodes(nodes: str, hosts: str) -> None:
+    assert hosts_of(nodes) == hosts.split()
+
+
+@pytest.mark.parametrize("nodes", ["n[1-", "n1]", "n[a-b]", "n[]"])
+def test_what_is_no_list_of_nodes(nodes: str) -> None:
+    with pytest.raises(ConfigError, match="list of nodes"):
+        hosts_of(nodes)
+
+
+ALLOCATION = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}
+STRANGER = str(2**22 + 1)  # no process has a number above Linux's PID_MAX_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher", "rule"),
+    [
+        ({}, "single", "no launcher"),
+        (ALLOCATION, "single", "in the allocation of SLURM job 77 but not started by srun"),
+        (ALLOCATION | {"SLURM_PROCID": "0"}, "single", "in the allocation of SLURM job 77"),
+        (SLURM, "slurm", "SLURM step 77.0"),
+        (SLURM | TORCHRUN, "torchrun", "torchrun"),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, "slurm", "SLURM step 77.0"),
+        (SLURM | {"SLURM_STEP_ID": str(0xFFFF_FFFA)}, "single", "interactive shell is no srun"),
+        (SLURM | {"SLURM_TASK_PID": str(os.getpid())}, "slurm", "SLURM step 77.0"),
+        (SLURM | {"SLURM_TASK_PID": str(os.getppid())}, "slurm", "SLURM step 77.0"),
+        (SLURM | {"SLURM_TASK_PID": STRANGER}, "single", "SLURM step 77.0 are left over"),
+    ],
 )
-def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+def test_who_started_this_process(
+    env: dict[str, str], launcher: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_step, "_pid_namespace", lambda: slurm_step.FIRST_PID_NAMESPACE)
+    layout = detect_layout(env | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
+    assert layout.launcher == launcher
+    assert rule in layout.rule
+
+
+def test_a_shell_in_a_step_is_no_task_of_it() -> None:
+    env = SLURM | {"SLURM_PTY_PORT": "4711"}
+    shell = detect_layout(env | {"SLURM_TASK_PID": str(os.getppid())})
+    assert (shell.launcher, shell.world_size) == ("single", 1)
+    assert "interactive shell in SLURM step 77.0 (srun --pty)" in shell.rule
+    direct = detect_layout(env | {"SLURM_TASK_PID": str(os.getpid())})
+    assert direct.launcher == "slurm", "srun --pty python -m dist_train"
+
+
+@pytest.mark.parametrize(("running", "launcher"), [(True, "slurm"), (False, "single")])
+def test_in_a_container_slurm_is_asked(
+    running: bool, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_step, "_pid_namespace", lambda: 4711)
+    monkeypatch.setattr(slurm_step, "_is_running", lambda job: running)
+    assert detect_layout(SLURM | {"SLURM_TASK_PID": STRANGER}).launcher == launcher
+
+
+def test_the_attempt_goes_on_where_the_batch_job_says() -> None:
+    told = {"DIST_TRAIN_CHAIN": "slurm-77", "DIST_TRAIN_ATTEMPT": "5"}
+    layout = detect_layout(SLURM | told | {"SLURM_RESTART_COUNT": "2"})
+    assert (layout.chain, layout.attempt) == ("slurm-77", 5)
+    layout = detect_layout(TORCHRUN | told | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (layout.chain, layout.attempt) == ("slurm-77", 7)
 
 
 def place(local_rank: int, local_world_size: int, launcher: str = "torchrun") -> Layout:

@@ -1,5 +1,6 @@
 """Asked to stop, by any signal, at any moment: agreed, saved, nothing lost, the same bits."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from dist_train.preemption import SIGNALS, StopRequest, heard, listen_for_stop
+from dist_train.preemption import (
+    JOB_LIMIT,
+    SIGNALS,
+    StopRequest,
+    heard,
+    job_end,
+    listen_for_stop,
+)
 from tests.faults import Fault, train_with
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import SMALL, metrics, small
@@ -108,6 +116,42 @@ def trained_with_all(config: Any, faults: list[Fault]) -> dict[str, Any]:
             if int(os.environ["RANK"]) == fault.rank:
                 arm(fault, stack)
         return loop.train(config)
+
+
+def test_a_stop_comes_before_the_jobs_time_is_over() -> None:
+    stop, lead = StopRequest(), [50.0]
+    stop.end_before(time.time() + 100, lambda: lead[0])
+    assert stop.reason is None
+    lead[0] = 101.0
+    assert stop.reason == JOB_LIMIT
+    lead[0] = 0.0
+    assert stop.reason == JOB_LIMIT, "once asked, ranks may have begun to stop"
+    stop = StopRequest()
+    stop.end_before(None, lambda: 50.0)
+    assert not stop.asked
+
+
+def test_the_end_of_the_jobs_time_is_the_scripts_then_slurms() -> None:
+    soon, later, past = (str(int(time.time()) + sec) for sec in (100, 200, -100))
+    assert job_end({}) is None
+    assert job_end({"SLURM_JOB_END_TIME": later}) == float(later)
+    assert job_end({"SLURM_JOB_END_TIME": later, "DIST_TRAIN_END_TIME": soon}) == float(soon)
+    assert job_end({"SLURM_JOB_END_TIME": past}) is None, "left over from a job that is over"
+    assert job_end({"SLURM_JOB_END_TIME": "Unknown"}) is None
+
+
+@pytest.mark.slow
+def test_a_run_saves_before_its_job_ends(tmp_path: Path) -> None:
+    words = ("model.factory=tests.nets:paced_net", "model.args.sec=0.05", "train.steps=4000")
+    config = small(tmp_path / "run", *words)
+    end = int(time.time()) + 35
+    outcomes = start_ranks_of(train_with, 2, config, None, env={"DIST_TRAIN_END_TIME": str(end)})
+    assert [o.value["state"] for o in outcomes] == ["preempted"] * 2, outcomes[0].trace
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["reason"] == f"{JOB_LIMIT} on rank 0"
+    assert 0 < status["step"] < 4000
+    assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:08d}").is_dir()
+    assert status["time"] < end, "saved too late"
 
 
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "both"])

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
+from dist_train.config import ConfigError
+from dist_train.layout import detect_layout
+from dist_train.rendezvous import open_store, register
 from tests.ranks import free_port, run_ranks
 from tests.settings import SMALL, metrics, small
 from tests.test_resume import HARD
@@ -189,3 +193,45 @@ def test_ranks_whose_torchrun_is_killed_save_and_stop(tmp_path: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     while ranks_of(folder):
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_costs_no_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
+    elastic += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=last_call_timeout=1"]
+    words = ["model.factory=tests.nets:paced_net", "model.args.sec=0.1", "train.steps=150"]
+    command = [sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "dist_train"]
+    command += [*SMALL, *words, "log_every=1", f"run_dir={folder}"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    end = time.monotonic() + 90
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 5:
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < end, "no step was taken"
+        time.sleep(0.1)
+    second = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    while json.loads((folder / "status.json").read_text())["state"] == "running":
+        assert time.monotonic() < end, "the ranks train on"
+        time.sleep(0.1)
+    for process in (first, second):  # what torchrun makes of it is its own affair: 60 s, or more
+        process.kill()
+    text, _ = (process.communicate()[0] for process in (first, second))
+    assert "torchrun may change the number of nodes (--nnodes=1:2)" in text
+    assert "and saved: the same command continues" in text
+    again = subprocess.run(command, cwd=REPOSITORY, timeout=200, check=False, **pipes)
+    assert again.returncode == 0, again.stdout
+    steps = [line["step"] for line in metrics(folder) if "train/loss" in line]
+    assert steps == list(range(1, 151)), "no step is lost or repeated"
+
+
+def test_ranks_of_another_number_of_nodes_in_one_attempt_are_refused() -> None:
+    config = small("run")
+    store = TCPStore("127.0.0.1", free_port(), is_master=True)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place |= {"TORCHELASTIC_RUN_ID": "elastic"}
+    first = detect_layout(place)
+    register(open_store(first, config), first, config, "cpu", None)
+    with pytest.raises(ConfigError, match="the number of nodes changed while the run was on"):
+        open_store(detect_layout(place | {"WORLD_SIZE": "2"}), config)

@@ -13,10 +13,10 @@ from benchmarks.reliability import (
     rows_limits,
     rows_memory,
     rows_network,
-    rows_not_built,
     rows_numerics,
     rows_paths,
     rows_safety,
+    rows_slurm,
     rows_stop,
     rows_storm,
     rows_users,
@@ -24,7 +24,7 @@ from benchmarks.reliability import (
 )
 from benchmarks.reliability.row import Row
 
-GROUPS = "RPHSNDOCWXUL"
+GROUPS = "RPJHSNDOCWXUL"
 
 
 def _place(row: Row) -> tuple[int, int]:
@@ -46,10 +46,10 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_limits.ROWS,
             *rows_memory.ROWS,
             *rows_network.ROWS,
-            *rows_not_built.ROWS,
             *rows_numerics.ROWS,
             *rows_paths.ROWS,
             *rows_safety.ROWS,
+            *rows_slurm.ROWS,
             *rows_stop.ROWS,
             *rows_storm.ROWS,
             *rows_users.ROWS,

@@ -1,0 +1,275 @@
+"""The body of a batch job: start the ranks, start them again, requeue the job, or end it.
+
+    dist-train batch srun ... python -m dist_train -- experiment=cifar10_resnet9 optim.lr=0.4
+
+What stands before `--` starts the ranks, what stands after it are dist_train's words. This process
+runs on the job's first node, outside of any container, and imports no torch. It decides by two
+sources only: status.json in the run's folder says how the ranks ended, SLURM what it did to the
+job. A job whose ranks died is not requeued but its ranks are started again: the nodes are there.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from dist_train import chain as chains
+from dist_train.config import ConfigError
+from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
+from dist_train.config.identity import run_dir_of
+from dist_train.config.whole_file import read_json
+from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE, port_of
+from dist_train.preemption import END_TIME_VARIABLE, JOB_LIMIT, OWN_LIMIT
+from dist_train.slurm_step import hosts_of
+from launch import scontrol
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had begun
+ASK_AGAIN_SEC = (0.0, 1.0, 4.0)  # a busy controller
+REQUEUE_SEC = 30.0  # for SLURM to say that a requeued job waits
+PORTS_TO_TRY = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Next:
+    """What becomes of the job now that its ranks have ended."""
+
+    do: Literal["end", "again", "requeue"]
+    code: int = 0  # of the job, if it ends
+    say: str = ""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb: `batch START... -- key=value ...`."""
+    split = argv.index("--") if "--" in argv else 0
+    if split == 0:
+        print_error(
+            "batch needs the command that starts the ranks, then --, then dist_train's words: "
+            "dist-train batch srun python -m dist_train -- experiment=quickstart"
+        )
+        return 2
+    return run_job(argv[:split], argv[split + 1 :])
+
+
+def run_job(start: list[str], words: list[str]) -> int:
+    """Start the ranks until the run is over or the job is; returns the job's exit code.
+
+    Args:
+        start: the command that starts the ranks: srun and what it runs.
+        words: dist_train's overrides and options, appended to it.
+
+    Returns:
+        0 finished, or stopped and saved; 2 the user's mistake; 93 a restart would only repeat it.
+    """
+    ranks = _Ranks()  # its handlers come after those that the caller has installed
+    parser = Parser(prog="dist-train batch", description="The body of a batch job.")
+    add_run_options(parser)
+    try:
+        folder = run_dir_of(compose_request(parser.parse_intermixed_args(words)).config).absolute()
+    except ConfigError as mistake:
+        print_error(str(mistake))
+        return 2
+    job_id = scontrol.this_job()
+    chain = os.environ.get(CHAIN_VARIABLE) or f"slurm-{job_id or os.getpid()}"
+    silent = 0
+    while True:
+        memory = chains.read(folder)
+        attempt = silent + (memory.attempt + 1 if memory.chain == chain else 0)
+        environment = os.environ | _told(_job(job_id), chain, attempt)
+        code = ranks.run([*start, *words], environment)
+        status = read_json(folder / "status.json")
+        began = status.get("chain") == chain and status["attempt"] >= attempt
+        silent = 0 if began else silent + 1
+        memory = chains.read(folder)
+        following = what_next(
+            code,
+            status if began else {},
+            job=_job(job_id),
+            silent=silent,
+            first_step=memory.progress if memory.chain == chain else 0,
+            stopped=ranks.stopped_by is not None,
+        )
+        if following.say:
+            _say(following.say)
+        if following.do == "requeue":
+            assert job_id is not None
+            return _requeue(job_id)
+        if following.do == "end":
+            return following.code
+        ranks.wait(chains.back_off(silent))
+
+
+def what_next(
+    code: int,
+    status: Mapping[str, Any],
+    *,
+    job: scontrol.Job | None,
+    silent: int,
+    first_step: int,
+    stopped: bool,
+) -> Next:
+    """Decide what becomes of the job.
+
+    Args:
+        code: of the command that started the ranks.
+        status: status.json as these ranks left it; empty if they ended before the run had begun.
+        job: what SLURM says of the job; None: there is none, or SLURM does not answer.
+        silent: such starts in a row that ended before the run had begun.
+        first_step: the newest checkpoint when these ranks began.
+        stopped: this process was asked to stop.
+    """
+    state, final, reason = status.get("state"), status.get("exit_code"), status.get("reason") or ""
+    if state == "finished":
+        return Next(do="end")
+    if state == "failed" and final in (2, chains.EXIT_CODE):
+        return Next(do="end", code=final, say=reason)
+    if not status and (code == 2 or (code == 0 and not stopped)):
+        return Next(do="end", code=code)  # refused in words, or there was nothing left to do
+    saved = state == "preempted" or (not status and code == 0)
+    if saved and reason.startswith(OWN_LIMIT):
+        return Next(do="end")
+    if job is not None and not job.is_running and not job.is_out_of_time:
+        verdict = f"SLURM has taken the job ({job.state})"
+        return Next(do="end", code=0 if saved else code or 1, say=verdict)
+    if reason.startswith(JOB_LIMIT) and status.get("step", 0) <= first_step:
+        return Next(
+            do="end",
+            code=chains.EXIT_CODE,
+            say="not one step fits between the start and the last save in this job's time: ask "
+            "for more with --time",
+        )
+    # Saved, but by the word of a torchrun that died and not of SLURM: the nodes are still there.
+    died = not saved or (code != 0 and not reason.startswith(JOB_LIMIT))
+    if died and not stopped and silent <= IN_PLACE:
+        return Next(do="again", say=f"the ranks ended ({reason or code}): started again")
+    code = 0 if saved else code or 1
+    if job is None:
+        return Next(do="end", code=code, say="not requeued: SLURM does not know this job")
+    if not job.may_requeue:
+        text = "not requeued, as the job forbids it; the same command continues"
+        return Next(do="end", code=code, say=text)
+    return Next(do="requeue", code=code)
+
+
+class _Ranks:
+    """Starts the ranks' command and passes on to it what asks this process to stop."""
+
+    def __init__(self) -> None:
+        self.stopped_by: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        for number in STOPS:
+            signal.signal(number, self._take)
+
+    def run(self, command: list[str], environment: Mapping[str, str]) -> int:
+        """Run the command to its end; returns its exit code, as of a shell."""
+        if self.stopped_by is not None:
+            return 0
+        try:
+            self._process = subprocess.Popen(command, env=environment)
+        except OSError as error:
+            print_error(f"cannot start the ranks with {command[0]!r}: {error.strerror}")
+            return 2
+        code = self._process.wait()
+        self._process = None
+        return 128 - code if code < 0 else code
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless asked to stop."""
+        end = time.monotonic() + seconds
+        while self.stopped_by is None and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = self.stopped_by or signal.Signals(number).name
+        if self._process is not None:
+            # srun takes SIGINT for itself; SIGHUP means that whoever watched is gone.
+            told = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(told)
+
+
+def _told(job: scontrol.Job | None, chain: str, attempt: int) -> dict[str, str]:
+    """Return what the ranks must know of this start."""
+    told = {CHAIN_VARIABLE: chain, ATTEMPT_VARIABLE: str(attempt)}
+    if job is not None and job.end_time is not None:
+        told[END_TIME_VARIABLE] = str(int(job.end_time))
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if nodes and "MASTER_ADDR" not in os.environ:
+        told["MASTER_ADDR"] = _address_of(hosts_of(nodes))
+    if nodes and "MASTER_PORT" not in os.environ:
+        told["MASTER_PORT"] = str(_free_port(f"{chain}.{attempt}"))
+    return told
+
+
+def _address_of(hosts: list[str]) -> str:
+    """Return an address of the first host that the others reach: its name, if that leads there.
+
+    On some systems a host's own name leads to 127.0.1.1; then the address is SLURM's own.
+    """
+    if len(hosts) == 1:
+        return "127.0.0.1"
+    with contextlib.suppress(OSError):
+        if not socket.gethostbyname(hosts[0]).startswith("127."):
+            return hosts[0]
+    with contextlib.suppress(scontrol.SlurmError):
+        return scontrol.address_of(hosts[0]) or hosts[0]
+    return hosts[0]
+
+
+def _free_port(name: str) -> int:
+    """Return a port of this job's own which is free on this node, that of rank 0."""
+    for number in range(PORTS_TO_TRY):
+        port = port_of(f"{name}.{number}")
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    return port_of(name)
+
+
+def _job(job_id: str | None) -> scontrol.Job | None:
+    """Return what SLURM says of this job; None outside a job, or if it does not answer."""
+    if job_id is None or not scontrol.is_available():
+        return None
+    problem = ""
+    for pause in ASK_AGAIN_SEC:
+        time.sleep(pause)
+        try:
+            return scontrol.job_of(job_id)
+        except scontrol.SlurmError as error:
+            problem = str(error)
+    _say(f"SLURM does not answer: {problem}")
+    return None
+
+
+def _requeue(job_id: str) -> int:
+    """Put this job back into the queue and see that it waits there; returns the exit code."""
+    try:
+        scontrol.requeue(job_id)
+    except scontrol.SlurmError as error:
+        _say(
+            f"saved, but SLURM does not requeue the job ({error}): the same command continues; "
+            "where requeueing is forbidden, submit a chain: dist-train submit --chain N"
+        )
+        return 0
+    end = time.monotonic() + REQUEUE_SEC
+    while time.monotonic() < end:
+        job = _job(job_id)
+        if job is not None and not job.is_running:
+            _say(f"requeued: job {job_id} is {job.state} and continues by itself")
+            return 0
+        time.sleep(0.5)
+    _say(f"requeued job {job_id}, but SLURM still says that it runs: look at `squeue --me`")
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"dist-train: {text}\n")
+    sys.stdout.flush()

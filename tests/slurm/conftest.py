@@ -1,0 +1,22 @@
+"""One cluster for each pytest process. Without the means for one the tests do not run, and say why;
+
+in continuous integration that is an error.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import Cluster, running_cluster, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"no SLURM cluster can be started: {reason}")
+        pytest.skip(f"no SLURM cluster can be started: {reason}")
+    with running_cluster(cpus=2) as running:
+        yield running
