@@ -14,7 +14,7 @@ from dist_train.doctor.meeting import (
     own_addresses,
     probe,
 )
-from dist_train.layout import Layout, detect_layout
+from dist_train.layout import Layout, port_of
 
 RETRY_SEC = 0.2
 STEPS_AHEAD = 3  # later steps of this job whose port is looked at
@@ -107,9 +107,9 @@ def _join(layout: Layout, board: Board, wait_sec: float) -> Probe:
 
 
 def next_ports(layout: Layout, env: Mapping[str, str]) -> list[int]:
-    """Return the ports that the next steps of this SLURM job would take; rank 0 asks for them."""
-    step = env.get("SLURM_STEP_ID", "")
-    if layout.launcher != "slurm" or layout.rank != 0 or "MASTER_PORT" in env:
+    """Return the ports that the next steps of this SLURM job would take; on rank 0 alone."""
+    job, step = env.get("SLURM_JOB_ID"), env.get("SLURM_STEP_ID", "")
+    if layout.launcher != "slurm" or layout.rank != 0 or not step.isdigit():
         return []
-    later = range(int(step) + 1, int(step) + 1 + STEPS_AHEAD) if step.isdigit() else ()
-    return [detect_layout({**env, "SLURM_STEP_ID": str(number)}).master_port for number in later]
+    later = range(int(step) + 1, int(step) + 1 + STEPS_AHEAD)
+    return [port_of(f"{job}.{number}.{layout.attempt}") for number in later]

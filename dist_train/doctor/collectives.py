@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from dist_train.doctor.interface import link_toward
+from dist_train.doctor.link_speed import link_toward
 from dist_train.doctor.speeds import Pair, Reduction, Traffic
 
 TIMEOUT_SEC = 30.0
@@ -41,7 +41,7 @@ def measure_traffic(
     *,
     device: torch.device,
     nodes: dict[str, int],
-    toward: str,
+    address: str,
     quick: bool,
 ) -> Traffic:
     """Make a process group of its own, time it, and take it down. Collective; never raises.
@@ -52,11 +52,11 @@ def measure_traffic(
         world_size: how many take part.
         device: whose backend is timed.
         nodes: the first rank of each node; these exchange messages in pairs.
-        toward: a host on another node, to find the interface.
+        address: this node's on the network, to find the interface.
         quick: fewer and smaller messages.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    speed, link = link_toward(toward)
+    speed, link = link_toward(address)
     reductions: list[Reduction] = []
     pairs: list[Pair] = []
     error, stage, init_sec, began = "", "making the process group", 0.0, time.perf_counter()

@@ -28,6 +28,7 @@ from dist_train.doctor.slurm_settings import ask_scontrol
 from dist_train.doctor.speeds import Pair, Reduction, Speed, Traffic
 from dist_train.doctor.stages import MARGIN_SEC, PATIENCE_SEC, LeftAloneError, Stages
 from dist_train.doctor.storage import Disk, Disturber, View, miss, view
+from dist_train.interface import VARIABLE, interface_for_gloo
 from dist_train.layout import Layout
 
 NETWORK_SEC, STORAGE_SEC, SPEED_SEC, TRAFFIC_SEC = 90.0, 60.0, 60.0, 150.0
@@ -69,7 +70,8 @@ class Examination:
     def _lead(self, mine: Arrival) -> Facts:
         layout, board = self._layout, self._board
         everybody = range(layout.world_size)
-        late = self._wait_sec + 2 * RESOLVE_SEC  # a rank may wait for rank 0, and for a resolver
+        # A rank may wait for rank 0, and then for a resolver that does not answer.
+        late = self._wait_sec + min(self._wait_sec, 2 * RESOLVE_SEC)
         came = board.collect("arrived", everybody, late)
         arrivals = {rank: Arrival(**fields) for rank, fields in came.items()}
         began = board.collect("started", everybody, 0)
@@ -186,14 +188,16 @@ class Examination:
 
             store, nodes = self._board.store, note["nodes"]
             assert store is not None, "every rank has said that it reaches it"
-            others = [node for node in nodes if node != self._me.node]
+            if len(nodes) > 1:
+                name = interface_for_gloo(os.environ, self._layout.master_addr)
+                os.environ |= {VARIABLE: name} if name is not None else {}
             found = collectives.measure_traffic(
                 store,
                 mine.rank,
                 self._layout.world_size,
                 device=compute.device_of(note["device"], self._gpu(mine)),
                 nodes=nodes,
-                toward=others[0] if others else "",
+                address=mine.address,
                 quick=self._quick,
             )
             return asdict(found)

@@ -25,27 +25,42 @@ class Section:
     lines: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
-    def error(self, text: str) -> None:
-        """Add what keeps a training from working, or costs half its speed or more."""
-        self.findings.append(Finding("error", text))
+    _places: dict[tuple[Level, str], tuple[int, list[str]]] = field(default_factory=dict)
 
-    def warning(self, text: str) -> None:
+    def error(self, text: str, *, node: str | None = None) -> None:
+        """Add what keeps a training from working, or costs half its speed or more.
+
+        Of many nodes the same is said once: `{nodes}` in the text stands for them.
+        """
+        self._add("error", text, node)
+
+    def warning(self, text: str, *, node: str | None = None) -> None:
         """Add what makes it slower, or may end it some day."""
-        self.findings.append(Finding("warning", text))
+        self._add("warning", text, node)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, node: str | None = None) -> None:
         """Add what is good to know."""
-        self.findings.append(Finding("note", text))
+        self._add("note", text, node)
 
     def unchecked(self, text: str) -> None:
         """Add what could not be looked at, and why."""
-        self.findings.append(Finding("not checked", text))
+        self._add("not checked", text, None)
 
     def fine_if_nothing(self, text: str) -> "Section":
         """Say that all is well, unless a problem was added; returns itself."""
         if not any(finding.level in ("error", "warning") for finding in self.findings):
             self.findings.insert(0, Finding("ok", text))
         return self
+
+    def _add(self, level: Level, text: str, node: str | None) -> None:
+        place, nodes = self._places.setdefault((level, text), (len(self.findings), []))
+        if node is not None:
+            nodes.append(node)
+        told = Finding(level, text.replace("{nodes}", listed(nodes)))
+        if place == len(self.findings):
+            self.findings.append(told)
+        else:
+            self.findings[place] = told
 
 
 def listed(names: Iterable[object]) -> str:

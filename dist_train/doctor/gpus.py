@@ -58,16 +58,17 @@ def judge_gpus(machines: list[Machine], arrivals: dict[int, Arrival], *, by_slur
         return section
     takers: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, (machine, choice) in choices.items():
-        place = f"rank {rank} on {machine.node}"
         if choice.name is None:
             count = counted(choice.visible, "GPU")
             section.error(
-                f"{place} is number {machine.local_rank} there and can take {count}: start fewer "
-                "ranks (--ntasks-per-node, --nproc-per-node), or ask for more (--gpus-per-node)"
+                f"local rank {machine.local_rank} on {{nodes}} can take {count}, so it has none "
+                "of its own: start fewer ranks (--ntasks-per-node, --nproc-per-node), or ask for "
+                "more GPUs (--gpus-per-node)",
+                node=machine.node,
             )
             continue
         takers[machine.node, choice.name].append(rank)
-        told = f"{place}: GPU {choice.name} of {listed(choice.visible)}"
+        told = f"rank {rank} on {machine.node}: GPU {choice.name} of {listed(choice.visible)}"
         section.lines.append(f"{told} {arrivals[rank].gpu_model}".rstrip())
     without = [m for m in machines if m.rank not in choices and m.rank in arrivals]
     if without:
@@ -75,33 +76,33 @@ def judge_gpus(machines: list[Machine], arrivals: dict[int, Arrival], *, by_slur
             f"{ranks_of(m.rank for m in without)} on {listed({m.node for m in without})} see no "
             "GPU while others do: look at the driver there, and at --gpus-per-node"
         )
-    for (node, name), ranks in takers.items():
+    for (_, name), ranks in takers.items():
         if len(ranks) > 1:
-            _tell(section, node, name, ranks, *choices[ranks[0]])
+            _tell(section, name, [choices[rank][0] for rank in ranks], choices[ranks[0]][1])
     if by_slurm and not any(arrivals[rank].gpus for rank in choices):
         section.unchecked("the GPUs themselves: torch sees none, only SLURM's binding was read")
     return section.fine_if_nothing("each rank has a GPU of its own")
 
 
-def _tell(
-    section: Section, node: str, name: str, ranks: list[int], machine: Machine, choice: Choice
-) -> None:
-    """Say that ranks share a GPU, and which flag to change."""
-    bind = machine.env.get("SLURM_GPU_BIND", "")
-    each = machine.local_world_size
+def _tell(section: Section, name: str, machines: list[Machine], choice: Choice) -> None:
+    """Say that ranks of a node share a GPU, and which flag to change."""
+    first, each = machines[0], machines[0].local_world_size
+    who = f"local ranks {listed(m.local_rank for m in machines)} on {{nodes}}"
+    bind = first.env.get("SLURM_GPU_BIND", "")
     one_each = f"--gpus-per-node={each} with --ntasks-per-node={each}"
     cure = f"give {one_each}, and do not set CUDA_VISIBLE_DEVICES yourself"
     if bind and not bind.startswith("none"):
         cure = f"leave out --gpu-bind={bind} and give {one_each}"
     if choice.source == "number":
         section.warning(
-            f"{ranks_of(ranks)} on {node} all have CUDA_VISIBLE_DEVICES="
-            f"{machine.env['CUDA_VISIBLE_DEVICES']}, which is one GPU unless cgroups number each "
-            f"rank's GPUs from 0 (torch sees none, and cannot say): {cure}"
+            f"{who} all have CUDA_VISIBLE_DEVICES={first.env['CUDA_VISIBLE_DEVICES']}, which is "
+            "one GPU unless cgroups number each rank's GPUs from 0 (torch sees none, and cannot "
+            f"say): {cure}",
+            node=first.node,
         )
         return
     by = "by SLURM's binding " * (choice.source == "SLURM")
-    section.error(f"{ranks_of(ranks)} on {node} are {by}on one GPU ({name}): {cure}")
+    section.error(f"{who} are {by}on one GPU ({name}): {cure}", node=first.node)
 
 
 def _words(text: str) -> list[str]:

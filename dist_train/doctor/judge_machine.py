@@ -73,19 +73,22 @@ def judge_cores(machines: list[Machine]) -> Section:
         )
         if quota is not None and quota < num_cores:
             section.warning(
-                f"a cgroup's quota gives the {counted(ranks, 'rank')} on {node} {quota:.3g} cores "
-                f"together, although they may run on {num_cores}: raise the limit of the "
-                "container or job"
+                f"a cgroup's quota gives the {counted(ranks, 'rank')} on {{nodes}} {quota:.3g} "
+                f"cores together, although they may run on {num_cores}: raise the limit of the "
+                "container or job",
+                node=node,
             )
-        _dealt(section, node, ranks, each)
+        else:
+            _dealt(section, node, ranks, each)
         _threads(section, node, ranks, each)
         left = min(m.memory_left_bytes for m in ranks) / len(ranks)
         if left < LITTLE_MEMORY_BYTES:
             limit = first.memory_limit_bytes
             section.warning(
-                f"{size_of(left)} of memory are left for each rank on {node}"
+                f"{size_of(left)} of memory are left for each rank on {{nodes}}"
                 + (f" (the job's limit is {size_of(limit)})" if limit is not None else "")
-                + ": ask for more (--mem, --mem-per-cpu), or start fewer ranks"
+                + ": ask for more (--mem, --mem-per-cpu), or start fewer ranks",
+                node=node,
             )
     return section.fine_if_nothing("no rank lacks cores or memory")
 
@@ -105,14 +108,16 @@ def _dealt(section: Section, node: str, ranks: list[Machine], each: float) -> No
         return
     if total >= 2 * len(ranks):
         section.warning(
-            f"each rank on {node} has {each:.3g} of the machine's {total} cores: give srun "
+            f"each rank on {{nodes}} has {each:.3g} of the machine's {total} cores: give srun "
             "--cpus-per-task again (since SLURM 22.05 it does not take it over from sbatch), or "
-            "set SRUN_CPUS_PER_TASK"
+            "set SRUN_CPUS_PER_TASK",
+            node=node,
         )
     else:
         section.note(
-            f"each rank on {node} has {each:.3g} cores, for its computation and its data workers: "
-            "start fewer ranks if the data cannot keep up"
+            f"each rank on {{nodes}} has {each:.2g} of the cores, for its computation and its data "
+            "workers: start fewer ranks if the data cannot keep up",
+            node=node,
         )
 
 
@@ -120,14 +125,16 @@ def _threads(section: Section, node: str, ranks: list[Machine], each: float) -> 
     threads = ranks[0].env.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > max(1, each):
         section.warning(
-            f"OMP_NUM_THREADS={threads} on {node}, where a rank has {each:.3g} cores: unset it, or "
-            "set it to the cores of a rank"
+            f"OMP_NUM_THREADS={threads} on {{nodes}}, where a rank has {each:.3g} cores: unset it, "
+            "or set it to the cores of a rank",
+            node=node,
         )
     spread = [m.rank for m in ranks if sum(bool(set(m.cores) & set(n)) for n in m.numa_nodes) > 1]
     if spread and ranks[0].driver:
         section.note(
-            f"{ranks_of(spread)} on {node} may run on several NUMA nodes: "
-            "parallel.numa_binding=true keeps a rank beside its GPU"
+            "ranks on {nodes} may run on several NUMA nodes: parallel.numa_binding=true keeps a "
+            "rank beside its GPU",
+            node=node,
         )
 
 
@@ -143,24 +150,28 @@ def judge_limits(machines: list[Machine]) -> Section:
         if 0 <= files < FEW_FILES:
             say = section.error if files < TOO_FEW_FILES else section.note
             say(
-                f"a process on {node} may open {files} files, and data workers hand pictures over "
-                f"through them: set `ulimit -n {FEW_FILES}` or more before srun"
+                f"a process on {{nodes}} may open {files} files, and data workers hand pictures "
+                f"over through them: set `ulimit -n {FEW_FILES}` or more before srun",
+                node=node,
             )
         if 0 <= processes < FEW_PROCESSES:
             section.warning(
-                f"a user may have {processes} processes and threads on {node}: set `ulimit -u "
-                f"{FEW_PROCESSES}` or more, or ask the administrators"
+                f"a user may have {processes} processes and threads on {{nodes}}: set `ulimit -u "
+                f"{FEW_PROCESSES}` or more, or ask the administrators",
+                node=node,
             )
         if machine.infiniband and locked >= 0:
             section.error(
-                f"{node} has InfiniBand, but a process may lock only {size_of(locked)} of memory: "
-                "ask the administrators for `memlock unlimited` (not tested on such hardware)"
+                f"InfiniBand is on {{nodes}}, but a process may lock only {size_of(locked)} of "
+                "memory: ask the administrators for `memlock unlimited` (not tested)",
+                node=node,
             )
         if machine.shm_free_bytes < LITTLE_SHM_BYTES:
             say = section.warning if machine.shm_bytes else section.error
             say(
-                f"/dev/shm on {node} has {size_of(machine.shm_free_bytes)} free, and data workers "
-                "hand batches over in it: give a container --shm-size=8g or --ipc=host, or delete "
-                "what earlier jobs have left there"
+                f"/dev/shm on {{nodes}} has {size_of(machine.shm_free_bytes)} free, and data "
+                "workers hand batches over in it: give a container --shm-size=8g or --ipc=host, or "
+                "delete what earlier jobs have left there",
+                node=node,
             )
     return section.fine_if_nothing("enough on every node")

@@ -38,7 +38,7 @@ def judge_ranks(
     nodes = list(dict.fromkeys(node_of.values()))
     section.lines.append(
         f"{len(machines)} of {counted(layout.world_size, 'rank')} on {counted(nodes, 'node')} "
-        f"({listed(nodes)}), found by: {layout.launcher}"
+        f"({listed(nodes)}), found by: {layout.rule}"
     )
     missing = set(range(layout.world_size)) - set(node_of) - set(arrivals)
     if missing:
@@ -120,10 +120,10 @@ def _own_names(section: Section, machines: list[Machine], arrivals: dict[int, Ar
     for machine in {m.node: m for m in machines if m.rank in arrivals}.values():
         own = arrivals[machine.rank].own_addresses
         if "GLOO_SOCKET_IFNAME" not in machine.env and all(map(is_loopback, own)):
-            section.error(
-                f"{machine.host} resolves its own name to {own[0] if own else 'nothing'}, so that "
-                "gloo listens where no other node can come: mend /etc/hosts there, or set "
-                "GLOO_SOCKET_IFNAME to the network's interface"
+            section.note(
+                f"the own name of {{nodes}} leads to {own[0] if own else 'nothing'}: dist_train "
+                "tells gloo of the interface to use; for other programs mend /etc/hosts there",
+                node=machine.host,
             )
 
 

@@ -32,7 +32,8 @@ def judge_speeds(machines: list[Machine], speeds: dict[int, Speed]) -> Section:
         )
     named: set[str] = set()
     for verb, value in MEASURES.items():
-        by_node = {node: statistics.median(map(value, mine)) for node, mine in nodes.items()}
+        # A node is slow if even the best of its ranks is.
+        by_node = {node: max(map(value, mine)) for node, mine in nodes.items()}
         for node, share in share_of_others(by_node).items():
             if share < SLOW and node not in named:
                 named.add(node)
@@ -54,8 +55,9 @@ def judge_speeds(machines: list[Machine], speeds: dict[int, Speed]) -> Section:
     for node, machine in {m.node: m for m in machines}.items():
         if machine.load > LOADED * machine.num_cores + machine.local_world_size:
             section.note(
-                f"{machine.load:.1f} processes wanted the {machine.num_cores} cores of {node} "
-                "before this began: if they are not yours, other work runs there"
+                f"{machine.load:.0f} processes wanted the {machine.num_cores} cores of {{nodes}} "
+                "before this began: if they are not yours, other work runs there",
+                node=node,
             )
     if len(speeds) < 2:
         section.unchecked("whether a rank is slow: there are no two to compare")

@@ -50,16 +50,16 @@ def judge_traffic(
         for p in sorted(pairs, key=lambda pair: -pair.latency_sec)[:PAIRS_SHOWN]
     ]
     if num_nodes > 1:
-        _compare(section, pairs)
-        _link(section, pairs, first)
+        if not _compare(section, pairs):
+            _link(section, pairs, first)
     else:
         section.unchecked("messages between nodes: there is one node only")
     _hardware(section, {m.node: m for m in machines}, traffic)
     return section.fine_if_nothing("no pair of nodes is slower than the others")
 
 
-def _compare(section: Section, pairs: list[Pair]) -> None:
-    """Name the node whose pairs are all slow, else the pair that is."""
+def _compare(section: Section, pairs: list[Pair]) -> bool:
+    """Name the node whose pairs are all slow, else the pair that is; says if there is any."""
     latency = {tuple(p.nodes): p.latency_sec for p in pairs}
     slowness = {tuple(p.nodes): 1 / p.bytes_per_sec for p in pairs}
     far = [odd for odd in odd_ones(latency, FAR_TIMES) if odd[1] > FAR_SEC]
@@ -81,6 +81,7 @@ def _compare(section: Section, pairs: list[Pair]) -> None:
             f"a message between nodes takes {time_of(least)} or more, well below 1 ms in a "
             f"cluster's network: look which interface is used ({INTERFACES})"
         )
+    return bool(far or thin) or least > WIDE_AREA_SEC
 
 
 def odd_ones(

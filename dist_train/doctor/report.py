@@ -45,7 +45,10 @@ def as_json(facts: Facts, sections: list[Section]) -> str:
     told: dict[str, Any] = {
         "schema": SCHEMA,
         "exit_code": exit_code_of(sections),
-        "sections": [asdict(section) for section in sections],
+        "sections": [
+            {"title": s.title, "lines": s.lines, "findings": [asdict(f) for f in s.findings]}
+            for s in sections
+        ],
         "facts": asdict(facts),
     }
     return json.dumps(told, indent=1) + "\n"
