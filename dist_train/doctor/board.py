@@ -17,7 +17,7 @@ from dist_train.doctor.deadline import DeadlineError, within
 if TYPE_CHECKING:  # torch may be what is broken
     from torch._C._distributed_c10d import Store
 
-POLL_SEC = 0.05
+POLL_SEC, POLL_EACH_SEC = 0.05, 0.001
 CHANNEL_SEC = 10.0  # a note that takes longer: that way is given up
 
 
@@ -27,7 +27,6 @@ class Board:
     def __init__(self, folder: Path, rank: int) -> None:
         self.store: Store | None = None
         self.folder_error: str | None = None  # why the folder is not used any more
-        self.store_error: str | None = None
         self._folder: Path | None = folder
         self._rank = rank
         try:
@@ -48,8 +47,8 @@ class Board:
         if store is not None:
             try:
                 within(CHANNEL_SEC, lambda: store.set(f"{name}/{self._rank}", text))
-            except RuntimeError as error:  # DeadlineError, and torch's DistNetworkError
-                self._give_up_store(error)
+            except RuntimeError:  # DeadlineError, and torch's DistNetworkError
+                self.store = None
 
     def collect(self, name: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
         """Return the notes of this name by rank; those that come in time."""
@@ -63,15 +62,11 @@ class Board:
             missing -= found.keys()
             if not missing or time.monotonic() >= end:
                 return found
-            time.sleep(POLL_SEC)
+            time.sleep(POLL_SEC + len(missing) * POLL_EACH_SEC)
 
     def wait(self, name: str, rank: int, seconds: float) -> Any | None:
         """Return one rank's note; None if it does not come in time."""
         return self.collect(name, [rank], seconds).get(rank)
-
-    def is_alone(self) -> bool:
-        """Say whether neither way works."""
-        return self._folder is None and self.store is None
 
     def _read(self, name: str, rank: int) -> dict[str, Any] | None:
         store = self.store
@@ -80,8 +75,8 @@ class Board:
             try:
                 if within(CHANNEL_SEC, lambda: store.check([key])):
                     return json.loads(within(CHANNEL_SEC, lambda: store.get(key)))
-            except RuntimeError as error:
-                self._give_up_store(error)
+            except RuntimeError:
+                self.store = None
         if self._folder is not None:
             path = self._folder / f"{name}.{rank}.json"
             try:
@@ -99,6 +94,3 @@ class Board:
 
     def _give_up_folder(self, error: Exception) -> None:
         self._folder, self.folder_error = None, f"{type(error).__name__}: {error}"
-
-    def _give_up_store(self, error: Exception) -> None:
-        self.store, self.store_error = None, f"{type(error).__name__}: {error}"

@@ -56,6 +56,8 @@ def measure_traffic(
         quick: fewer and smaller messages.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # Else torch ends the process when a collective hangs, and with rank 0 the report is lost.
+    os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
     speed, link = link_toward(address)
     reductions: list[Reduction] = []
     pairs: list[Pair] = []

@@ -60,6 +60,7 @@ class Examination:
             self._board.post("started", asdict(self._me))
             with listening(self._me.node) as port:
                 mine = arrive(self._layout, self._board, port, self._wait_sec)
+                self._board.post("started", asdict(self._me))  # now through the store, too
                 self._board.post("arrived", asdict(mine))
                 return self._lead(mine) if self._layout.rank == 0 else self._follow(mine)
         finally:

@@ -27,7 +27,7 @@ from dist_train.doctor.stages import LeftAloneError
 from dist_train.layout import Layout, detect_layout
 
 WAIT_SEC = 60.0
-TOTAL_SEC = 480.0  # beyond the wait: longer than all stages' deadlines
+TOTAL_SEC = 900.0  # beyond the wait: longer than all stages' deadlines
 CODE_FILE_VARIABLE = (
     "DIST_TRAIN_DOCTOR_CODE"  # where rank 0 leaves the exit code: torchrun keeps none
 )
@@ -51,8 +51,12 @@ def main(argv: list[str]) -> int:
         return 2
     if options.nproc is not None:
         return _start_ranks(options)
-    with _GiveUp(options.wait + TOTAL_SEC):
-        code = _examine(layout, options)
+    most = options.wait + TOTAL_SEC
+    timer = threading.Timer(most, _give_up, args=(most,))
+    timer.daemon = True
+    timer.start()
+    code = _examine(layout, options)
+    timer.cancel()
     if any_left():  # it may never return, and would be waited for
         sys.stdout.flush()
         sys.stderr.flush()
@@ -125,22 +129,10 @@ def _start_ranks(options: argparse.Namespace) -> int:
         return read_json(code_file).get("code", PROBLEMS)
 
 
-class _GiveUp:
-    """Ends the process if the examination takes impossibly long."""
-
-    def __init__(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._end, args=(seconds,))
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _end(self, seconds: float) -> None:
-        print_error(f"the doctor has not come to an end within {seconds:.0f} s, and is ended")
-        os._exit(PROBLEMS)
+def _give_up(seconds: float) -> None:
+    """End a process whose examination takes impossibly long."""
+    print_error(f"the doctor has not come to an end within {seconds:.0f} s, and is ended")
+    os._exit(PROBLEMS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dist_train.doctor.board import Board
 from dist_train.doctor.deadline import DeadlineError, within
 
 MARGIN_SEC = 15.0  # for notes to come through a slow folder
-PATIENCE_SEC = 240.0  # of a rank for rank 0's next word: longer than any stage takes
+PATIENCE_SEC = 400.0  # of a rank for rank 0's next word: longer than any stage takes
 
 
 class LeftAloneError(RuntimeError):
@@ -63,4 +63,5 @@ class Stages:
         lost |= {rank: note["failed"] for rank, note in came.items() if note["failed"]}
         if lost:
             self.lost[name] = lost
+        self.crew = [rank for rank in self.crew if rank in came]  # nobody waits for it again
         return {rank: note["value"] for rank, note in came.items() if not note["failed"]}

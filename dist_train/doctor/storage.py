@@ -80,10 +80,10 @@ class Disturber:
 
     def prepare(self, run_dir: Path, *, quick: bool) -> Disk:
         """Write the files that the others will look at, and measure."""
-        space = os.statvfs(self._folder)
+        space = os.statvfs(self._folder.parent)
         fields: dict[str, object] = {
             "folder": str(self._folder.parent),
-            "kind": kind_of(self._folder, Path("/proc/self/mountinfo").read_text()),
+            "kind": kind_of(self._folder.parent, Path("/proc/self/mountinfo").read_text()),
             "free_bytes": space.f_bavail * space.f_frsize,
             "total_bytes": space.f_blocks * space.f_frsize,
             "free_files": space.f_favail,
@@ -91,6 +91,7 @@ class Disturber:
             "checkpoint_bytes": _newest_checkpoint_bytes(run_dir),
         }
         try:
+            self._folder.mkdir(exist_ok=True)
             self._hold(fields)
             write_atomically(self._folder / "token", "here")
             write_atomically(self._folder / "replaced", CONTENTS[0])
