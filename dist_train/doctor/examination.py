@@ -107,7 +107,8 @@ class Examination:
             sec=time.monotonic() - self._began,
         )
         board.post("end", None)
-        board.collect("bye", self._stages.crew, GOODBYE_SEC)  # the store ends with this process
+        others = [rank for rank in self._stages.crew if rank != 0]
+        board.collect("bye", others, GOODBYE_SEC)  # the store ends with this process
         return facts
 
     def _follow(self, mine: Arrival) -> None:
