@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from dist_train.doctor import meeting, slurm_settings
 from dist_train.doctor.arrival import next_ports
