@@ -137,6 +137,31 @@ def begin(
     )
 
 
+def count_silent(folder: Path, *, chain: str, attempt: int, how: str) -> str | None:
+    """Count an attempt that ended before it had begun, as what started it saw.
+
+    Args:
+        folder: the run's.
+        chain: the launcher's start.
+        attempt: that ended.
+        how: it ended, in words.
+
+    Returns:
+        If it was one too many: the line that ends the chain (exit code 93).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        memory = read(folder)
+        if memory.chain != chain:
+            memory = Memory(chain=chain)
+        memory.attempt, memory.cause, memory.witnesses = attempt, None, []
+        memory.endings += 1
+        many = memory.endings >= ENDINGS_WITHOUT_PROGRESS
+        memory.exit_code = EXIT_CODE if many else None
+        _write(folder, memory)
+    return endless(memory.endings, memory.progress, how) if many else None
+
+
 def endless(endings: int, step: int, last: str) -> str:
     """Return the line that ends a chain without progress."""
     return (

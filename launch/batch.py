@@ -35,6 +35,7 @@ IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had 
 ASK_AGAIN_SEC = (0.0, 1.0, 4.0)  # a busy controller
 REQUEUE_SEC = 30.0  # for SLURM to say that a requeued job waits
 PORTS_TO_TRY = 50
+TASK_COUNTS = ("SLURM_NTASKS", "SLURM_NPROCS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +82,18 @@ def run_job(start: list[str], words: list[str]) -> int:
     silent = 0
     while True:
         memory = chains.read(folder)
-        attempt = silent + (memory.attempt + 1 if memory.chain == chain else 0)
-        environment = os.environ | _told(_job(job_id), chain, attempt)
+        attempt = memory.attempt + 1 if memory.chain == chain else 0
+        environment = _for_srun(os.environ) | _told(_job(job_id), chain, attempt)
         code = ranks.run([*start, *words], environment)
         status = read_json(folder / "status.json")
         began = status.get("chain") == chain and status["attempt"] >= attempt
         silent = 0 if began else silent + 1
+        if not began and code not in (0, 2, chains.EXIT_CODE) and ranks.stopped_by is None:
+            how = f"the ranks ended with {code} before the run had begun"
+            endless = chains.count_silent(folder, chain=chain, attempt=attempt, how=how)
+            if endless is not None:
+                print_error(endless)
+                return chains.EXIT_CODE
         memory = chains.read(folder)
         following = what_next(
             code,
@@ -130,7 +137,7 @@ def what_next(
         return Next(do="end")
     if state == "failed" and final in (2, chains.EXIT_CODE):
         return Next(do="end", code=final, say=reason)
-    if not status and (code == 2 or (code == 0 and not stopped)):
+    if not status and (code in (2, chains.EXIT_CODE) or (code == 0 and not stopped)):
         return Next(do="end", code=code)  # refused in words, or there was nothing left to do
     saved = state == "preempted" or (not status and code == 0)
     if saved and reason.startswith(OWN_LIMIT):
@@ -194,6 +201,15 @@ class _Ranks:
             told = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(told)
+
+
+def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """Return `env` without the number of tasks, where srun can count them itself.
+
+    With --nodes=2-4 it is that of the least nodes, and srun would believe it.
+    """
+    per_node = "SLURM_NTASKS_PER_NODE" in env
+    return {k: v for k, v in env.items() if not (per_node and k in TASK_COUNTS)}
 
 
 def _told(job: scontrol.Job | None, chain: str, attempt: int) -> dict[str, str]:

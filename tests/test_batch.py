@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dist_train import chain
 from dist_train.preemption import JOB_LIMIT, OWN_LIMIT
 from launch.batch import Next, what_next
 from launch.scontrol import Job, read_job
@@ -34,6 +35,7 @@ def ended(state: str, step: int = 20, **more: Any) -> dict[str, Any]:
         (143, ended("finished"), HERE, "end", 0),  # killed while it tidied up
         (0, {}, HERE, "end", 0),  # it was finished before
         (2, {}, HERE, "end", 2),  # refused before the ranks met
+        (93, {}, HERE, "end", 93),  # torchrun has tried ten times
         (2, ended("failed", exit_code=2), HERE, "end", 2),
         (1, ended("failed", exit_code=93), HERE, "end", 93),
         (0, ended("preempted", reason="SIGUSR2 on rank 0"), HERE, "requeue", 0),
@@ -103,13 +105,15 @@ def test_a_line_of_scontrol() -> None:
     assert not waiting.is_running
 
 
-def batch(start: list[str], run_dir: Path, *words: str) -> "subprocess.Popen[str]":
+def batch(
+    start: list[str], run_dir: Path, *words: str, env: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "launch.cli", "batch", *start, "--"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     return subprocess.Popen(
         [*command, *SMALL, f"run_dir={run_dir}", *words],
         cwd=REPOSITORY,
-        env=env,
+        env=variables | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -163,6 +167,19 @@ def test_a_mistake_is_one_line_and_starts_nothing(words: list[str], told: str) -
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert told in done.stderr
+
+
+def test_ranks_that_never_begin_are_given_up(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for attempt in range(8):  # of this job, before it was requeued
+        told = chain.count_silent(tmp_path / "run", chain="slurm-77", attempt=attempt, how="so")
+        assert told is None
+    process = batch(["false"], tmp_path / "run", env={"DIST_TRAIN_CHAIN": "slurm-77"})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 93
+    assert "10 attempts in a row ended without a checkpoint beyond step 0" in output
+    assert "the ranks ended with 1 before the run had begun" in output
+    assert output.count("started again") == 1
 
 
 def test_a_command_that_cannot_be_started(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
@@ -46,6 +47,7 @@ class Cluster:
     cpus: int = 4  # of a node; they need not exist
     gpus: int = 0  # of a node; each is a device file without a driver
     kill_wait: int = 5  # seconds from SIGTERM to SIGKILL
+    loopback_names: bool = False  # a node's own name leads to 127.0.1.1, as Debian has it
     env: dict[str, str] = field(default_factory=dict)
     _net: str = ""
     _tag: str = ""
@@ -160,6 +162,9 @@ class Cluster:
         names = [f"{self.address(n)} node{n}" for n in range(1, self.num_nodes + 1)]
         text = "\n".join(["127.0.0.1 localhost", f"{self._net}.1 {host}", *names, ""])
         (etc / "hosts").write_text(text)
+        for number in range(1, self.num_nodes + 1 if self.loopback_names else 1):
+            own = text.replace(f"{self.address(number)} ", "127.0.1.1 ")
+            (etc / f"hosts.node{number}").write_text(own)
 
     def address(self, number: int) -> str:
         """Return a node's address."""
@@ -197,14 +202,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(
-    *, num_nodes: int = 4, cpus: int = 4, gpus: int = 0, kill_wait: int = 5
-) -> Iterator[Cluster]:
-    """Yield a cluster that runs, and leave nothing of it behind."""
+def running_cluster(**settings: Any) -> Iterator[Cluster]:
+    """Yield a cluster that runs (settings: those of Cluster), and leave nothing of it behind."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
-        cluster = Cluster(
-            base=Path(folder) / "c", num_nodes=num_nodes, cpus=cpus, gpus=gpus, kill_wait=kill_wait
-        )
+        cluster = Cluster(base=Path(folder) / "c", **settings)
         try:
             cluster.start()
             yield cluster

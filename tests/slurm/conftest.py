@@ -1,6 +1,7 @@
-"""One cluster for each pytest process. Without the means for one the tests do not run, and say why;
+"""One cluster for each pytest process.
 
-in continuous integration that is an error.
+Without the means for one the tests do not run, and say why; in continuous integration that is an
+error.
 """
 
 import os
@@ -12,11 +13,15 @@ from tests.slurm.cluster import Cluster, running_cluster, why_not
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def slurm_is_here() -> None:
     reason = why_not()
+    if reason is not None and os.environ.get("CI"):
+        pytest.fail(f"no SLURM cluster can be started: {reason}")
     if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"no SLURM cluster can be started: {reason}")
         pytest.skip(f"no SLURM cluster can be started: {reason}")
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_is_here: None) -> Iterator[Cluster]:
     with running_cluster(cpus=2) as running:
         yield running

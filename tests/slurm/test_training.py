@@ -12,7 +12,7 @@ import pytest
 from tests.faults import train_with
 from tests.ranks import run_ranks
 from tests.settings import SMALL, metrics, small
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, running_cluster
 from tests.slurm.disturb import FAULTS, NODES, TASKS, disturbed, preempt, submitted
 from tests.slurm.jobs import PACED, SHAPES, STEPS, Submitted
 
@@ -105,3 +105,13 @@ def test_a_job_that_fails_the_same_way_three_times_is_not_requeued(
         assert (status["state"], status["exit_code"]) == ("failed", 93)
         assert "3 times, at the same step" in status["reason"]
         assert status["reason"] in job.text()
+
+
+@pytest.mark.usefixtures("slurm_is_here")
+def test_nodes_whose_own_names_lead_to_themselves(tmp_path: Path) -> None:
+    words = (*SMALL, "train.steps=3")
+    with running_cluster(cpus=1, num_nodes=2, loopback_names=True) as cluster:
+        assert "127.0.1.1" in cluster.run("srun", "-N1", "getent", "ahostsv4", "node1")
+        with submitted(cluster, "B", tmp_path, *words, tasks=1) as job:
+            assert job.wait_for_end().state == "COMPLETED", job.text()
+            assert job.summary()["world_size"] == 2

@@ -1,0 +1,110 @@
+"""`dist-train submit`, `jobs`, `cancel` and `requeue` on a real cluster."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import train_with
+from tests.ranks import run_ranks
+from tests.settings import SMALL, small
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import PACED, Submitted
+from tests.slurm.test_training import RESNET
+
+pytestmark = pytest.mark.slurm
+
+
+class User:
+    """Types `dist-train` in a folder."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+
+    def types(self, *words: str) -> str:
+        jobs = ("--jobs-dir", str(self.folder / "jobs"))
+        return self.cluster.run(sys.executable, "-m", "launch.cli", *words, *jobs)
+
+    def submits(self, *words: str) -> Submitted:
+        options = ("--time", "10", "--gpus-per-node", "0", "--tasks-per-node", "2")
+        run_dir = self.folder / "run"
+        told = self.types("submit", *options, f"run_dir={run_dir}", *words)
+        assert "follow it" in told, told
+        job_id = told.split()[1].rstrip(",")
+        output = self.folder / "jobs" / f"{job_id}.out"
+        return Submitted(cluster=self.cluster, job_id=job_id, run_dir=run_dir, output=output)
+
+    def states(self, job: str) -> list[dict[str, Any]]:
+        return json.loads(self.types("jobs", job, "--json"))
+
+
+@pytest.fixture
+def user(cluster: Cluster, tmp_path: Path) -> User:
+    return User(cluster, tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["srun", "torchrun"])
+def test_resnet9_submitted_on_two_nodes(shape: str, user: User, tmp_path: Path) -> None:
+    local = run_ranks(train_with, 4, small(tmp_path / "local", *RESNET), None)[0]
+    job = user.submits("--nodes=2", "--shape", shape, *SMALL, *RESNET)
+    assert job.wait_for_end().state == "COMPLETED", job.text()
+    assert job.summary()["weights_sha256"] == local["weights_sha256"]
+    assert job.summary()["world_size"] == 4
+    [state] = user.states(job.job_id)
+    assert (state["slurm"], state["run"], state["step"]) == ("COMPLETED", "finished", 4)
+
+
+def test_a_submitted_job_is_requeued_at_its_word(user: User, tmp_path: Path) -> None:
+    config = small(tmp_path / "local", *PACED, "model.args.sec=0.0")
+    local = run_ranks(train_with, 2, config, None)[0]
+    job = user.submits(*PACED)
+    job.wait_for_step(8)
+    user.cluster.run("scancel", "--signal=USR2", job.job_id)
+    assert job.wait_for_end().state == "COMPLETED", job.text()
+    assert job.summary()["weights_sha256"] == local["weights_sha256"]
+    assert job.steps() == list(range(1, 41))
+    [state] = user.states(job.job_id)
+    assert state["restarts"] == 1
+
+
+def test_a_cancelled_job_saves_and_can_be_requeued(user: User) -> None:
+    job = user.submits(*PACED)
+    job.wait_for_step(8)
+    user.types("cancel", job.job_id)
+    assert job.wait_for_end().state in ("COMPLETED", "CANCELLED"), job.text()
+    assert job.status()["state"] == "preempted"
+    assert (job.run_dir / "checkpoints" / f"step_{job.status()['step']:08d}").is_dir()
+    told = user.types("requeue", job.job_id)
+    job.wait_until(lambda: job.status()["state"] == "finished", told, 120)
+    assert job.steps() == list(range(1, 41))
+    job.wait_for_end()
+
+
+def test_a_sweep_of_four_two_at_a_time_of_which_one_fails(user: User) -> None:
+    words = ("model.factory=tests.nets:plain_net", "train.steps=12", "checkpoint.every_steps=4")
+    words += ("train.order=fixed", "train.num_shards=2", "optim.lr=0.05,0.1,1e30,0.02")
+    words += ("optim.clip_norm=null", "guards.max_consecutive=2")
+    job = user.submits("--array-parallelism", "2", *SMALL, *words)
+    most, end = 0, time.monotonic() + 240
+    states = user.states(job.job_id)
+    while not all(state["run"] in ("finished", "failed") for state in states):
+        assert time.monotonic() < end, states
+        most = max(most, user.cluster.run("squeue", "-h", "-t", "R", "-r").count("\n"))
+        time.sleep(0.5)
+        states = user.states(job.job_id)
+    assert most == 2
+    by_rate = {state["overrides"][0].partition("=")[2]: state for state in states}
+    assert {rate: state["run"] for rate, state in by_rate.items()} == {
+        "0.05": "finished",
+        "0.1": "finished",
+        "1e30": "failed",
+        "0.02": "finished",
+    }
+    assert "not finite" in by_rate["1e30"]["reason"]
+    table = user.types("jobs", job.job_id, "--compare")
+    assert table.count("finished") == 3
+    assert [line[0] for line in table.splitlines()[1:5]] == ["*", " ", " ", " "]
+    assert by_rate["1e30"]["reason"] in user.types("jobs", job.job_id)
