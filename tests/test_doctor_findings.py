@@ -34,7 +34,7 @@ TO_NODE2 = [
     for a in ("node1", "node3")
 ]
 REQUEUE = {"KillWait": "30 sec", "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
-BOUND = {"SLURM_STEP_GPUS": "0", "SLURM_GPU_BIND": "map_gpu:0,0"}
+BOUND = {"SLURM_STEP_GPUS": "0", "SLURMD_TRES_BIND": "gpu:map_gpu:0,0"}
 GPU0 = {"CUDA_VISIBLE_DEVICES": "0"}
 ALL_GPUS = {r: arrival(r, gpus=["GPU-a", "GPU-b"]) for r in range(6)}
 
@@ -167,6 +167,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "error",
         r"local ranks 0 and 1 on node1, node2 and node3 are by SLURM's binding on one GPU \(0\): "
         r"leave out --gpu-bind=map_gpu:0,0 and give --gpus-per-node=2",
+    ),
+    "two ranks with one number of SLURM's GPUs": (
+        with_machines(*range(6), env=GPU0 | {"SLURM_STEP_GPUS": "0,1"}),
+        "error",
+        r"local ranks 0 and 1 on .* are by SLURM's binding on one GPU \(0 of 0,1\): give --gpus-per"
+        r"-node=2 with --ntasks-per-node=2, and do not set CUDA_VISIBLE_DEVICES yourself",
     ),
     "two ranks with one number": (
         with_machines(*range(6), env=GPU0),

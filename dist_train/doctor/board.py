@@ -68,6 +68,10 @@ class Board:
         """Return one rank's note; None if it does not come in time."""
         return self.collect(name, [rank], seconds).get(rank)
 
+    def is_alone(self) -> bool:
+        """Say whether neither way works."""
+        return self._folder is None and self.store is None
+
     def _read(self, name: str, rank: int) -> dict[str, Any] | None:
         store = self.store
         if store is not None:

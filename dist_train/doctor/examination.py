@@ -112,7 +112,8 @@ class Examination:
         return facts
 
     def _follow(self, mine: Arrival) -> None:
-        told = self._board.collect("peers", [0], self._wait_sec + PATIENCE_SEC)
+        late = 0 if self._board.is_alone() else 2 * (self._wait_sec + RESOLVE_SEC) + MARGIN_SEC
+        told = self._board.collect("peers", [0], late)
         if 0 not in told:
             raise LeftAloneError(self._why_alone(mine))
         peers = [Peer(**fields) for fields in told[0]]

@@ -35,6 +35,8 @@ def choice_of(machine: Machine, arrival: Arrival, *, by_slurm: bool) -> Choice |
         visible, source = arrival.gpus, "torch"
     elif bound and (not numbers or len(numbers) == len(bound)):
         visible, source = bound, "SLURM"  # these count over the whole node
+    elif bound:  # numbers of the user's own: equal ones of equal lists are one GPU
+        visible, source = [f"{word} of {','.join(bound)}" for word in numbers], "SLURM"
     elif numbers:
         unique = all(word.startswith(("GPU-", "MIG-")) for word in numbers)
         visible, source = numbers, "torch" if unique else "number"
@@ -88,10 +90,10 @@ def _tell(section: Section, name: str, machines: list[Machine], choice: Choice) 
     """Say that ranks of a node share a GPU, and which flag to change."""
     first, each = machines[0], machines[0].local_world_size
     who = f"local ranks {listed(m.local_rank for m in machines)} on {{nodes}}"
-    bind = first.env.get("SLURM_GPU_BIND", "")
+    bind = first.env.get("SLURMD_TRES_BIND", "").removeprefix("gres/").removeprefix("gpu:")
     one_each = f"--gpus-per-node={each} with --ntasks-per-node={each}"
     cure = f"give {one_each}, and do not set CUDA_VISIBLE_DEVICES yourself"
-    if bind and not bind.startswith("none"):
+    if bind and bind != "none":
         cure = f"leave out --gpu-bind={bind} and give {one_each}"
     if choice.source == "number":
         section.warning(

@@ -9,11 +9,12 @@ from dist_train.doctor.machine import Machine
 from dist_train.doctor.speeds import Speed
 
 SLOW, VERY_SLOW = 0.75, 0.5  # of the others' median
+SLOW_COPY = 0.6  # copies share the memory with all neighbours, and vary more
 STARVED = 0.6  # of its cores' time: something else has the rest
 LOADED = 0.5  # processes for each core, before the doctor did anything
-MEASURES: dict[str, Callable[[Speed], float]] = {
-    "computes": lambda speed: speed.matmul_flops_per_sec,
-    "copies memory": lambda speed: speed.copied_bytes_per_sec,
+MEASURES: dict[str, tuple[Callable[[Speed], float], float]] = {
+    "computes": (lambda speed: speed.matmul_flops_per_sec, SLOW),
+    "copies memory": (lambda speed: speed.copied_bytes_per_sec, SLOW_COPY),
 }
 
 
@@ -25,23 +26,23 @@ def judge_speeds(machines: list[Machine], speeds: dict[int, Speed]) -> Section:
     for rank, machine in here.items():
         nodes[machine.node].append(speeds[rank])
     for node, mine in nodes.items():
-        flops, copied = (statistics.median(map(value, mine)) for value in MEASURES.values())
+        flops, copied = (statistics.median(map(value, mine)) for value, _ in MEASURES.values())
         section.lines.append(
             f"{node}: {flops / 1e9:,.0f} GFLOP/s, copies {size_of(copied)}/s, each rank "
             f"({mine[0].device}, {counted(mine[0].num_threads, 'thread')})"
         )
     named: set[str] = set()
-    for verb, value in MEASURES.items():
+    for verb, (value, slow) in MEASURES.items():
         # A node is slow if even the best of its ranks is.
         by_node = {node: max(map(value, mine)) for node, mine in nodes.items()}
         for node, share in share_of_others(by_node).items():
-            if share < SLOW and node not in named:
+            if share < slow and node not in named:
                 named.add(node)
                 _tell(section, f"{node} {verb}", share, nodes[node], here)
         for node, mine in nodes.items():
             shares = share_of_others({str(speed.rank): value(speed) for speed in mine})
             for rank, share in shares.items():
-                if share < SLOW and not {node, rank} & named:
+                if share < slow and not {node, rank} & named:
                     named.add(rank)
                     who = f"rank {rank} on {node} {verb}"
                     _tell(section, who, share, [speeds[int(rank)]], here)
@@ -69,7 +70,8 @@ def _tell(
     section: Section, who: str, share: float, speeds: list[Speed], here: dict[int, Machine]
 ) -> None:
     machine = here[speeds[0].rank]
-    say = section.error if share < VERY_SLOW else section.warning
+    certain = share < VERY_SLOW or any(speed.throttled_periods for speed in speeds)
+    say = section.error if certain else section.warning
     say(f"{who} at {share:.0%} of the others' speed: {_reason(speeds, machine)}")
 
 

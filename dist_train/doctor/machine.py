@@ -18,7 +18,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 # Variables that say how ranks, cores, GPUs and networks were dealt out; no others are read.
 TOLD = re.compile(
     r"(SLURM_(STEP_GPUS|JOB_GPUS|GPUS_ON_NODE|GPUS_PER_TASK|GPU_BIND|CPUS_PER_TASK|NTASKS_PER_NODE|"
-    r"CPU_BIND\w*|NTASKS|NNODES)|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|GLOO)_\w+)"
+    r"CPU_BIND\w*|NTASKS|NNODES)|SLURMD_TRES_BIND|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|GLOO)_\w+)"
 )
 LIMITS = {
     "nofile": resource.RLIMIT_NOFILE,

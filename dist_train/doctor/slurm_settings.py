@@ -58,7 +58,7 @@ def ask_scontrol(env: Mapping[str, str]) -> Settings:
     except (OSError, subprocess.SubprocessError) as error:
         return Settings(why_not=f"scontrol does not answer ({type(error).__name__})")
     return Settings(
-        cluster={name: cluster[name] for name in READ if name in cluster},
+        cluster={k: cluster[k] for k in READ if cluster.get(k, "(null)") != "(null)"},
         partition=partition,
         job=of_job,
         left_sec=_left(of_job.get("EndTime", "")),

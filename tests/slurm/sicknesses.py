@@ -46,7 +46,8 @@ def nameless(cluster: Cluster, name: str, *, on: list[int]) -> Iterator[None]:
     lines = (cluster.base / "etc/hosts").read_text().splitlines(keepends=True)
     spoilt = cluster.base / f"etc/hosts.without.{name}"
     spoilt.write_text("".join(line for line in lines if name not in line.split()))
-    inside = [["nsenter", f"--mount=/proc/{first_process(cluster, n)}/ns/mnt"] for n in on]
+    firsts = [str(first_process(cluster, number)) for number in on]
+    inside = [["nsenter", "--target", first, "--mount", "--pid"] for first in firsts]
     for words in inside:
         _do(*words, "mount", "--bind", str(spoilt), "/etc/hosts")
     try:

@@ -83,6 +83,7 @@ def examine(
         timeout=300,
     )
     text = done.stdout + done.stderr
+    (folder / "report.txt").write_text(text)
     assert report.exists(), text
     return Examined(exit_code=done.returncode, text=text, told=json.loads(report.read_text()))
 
