@@ -86,6 +86,7 @@ def speed(rank: int, **changes: Any) -> Speed:
         matmul_flops_per_sec=50e9 + rank,
         copied_bytes_per_sec=5e9 + rank,
         core_share=1.0,
+        copy_core_share=1.0,
         num_threads=4,
         throttled_periods=0,
         periods=0,

@@ -21,6 +21,7 @@ from tests.doctor_facts import (
     links,
     machine,
     pair,
+    speed,
     traffic,
     view,
     with_arrivals,
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "rank 0's port is blocked": (
         with_arrivals(2, 3, store="timed out", store_address="10.0.0.11"),
         "error",
-        r"ranks 2 and 3 on node2 run, but cannot reach rank 0 at node1:17123 \(10.0.0.11\): no "
+        r"ranks 2 and 3 on node2 started, but cannot reach rank 0 at node1:17123 \(10.0.0.11\): no "
         r"answer: a firewall drops it",
     ),
     "rank 0's port is refused": (
@@ -69,7 +70,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "rank 0's port is taken": (
         with_arrivals(0, store="taken"),
         "error",
-        r"rank 0 on node1 run, but cannot listen at node1:17123: another process has it",
+        r"rank 0 on node1 started, but cannot listen at node1:17123: another process has it",
     ),
     "a rank lost on the way": (
         {"lost": {"the all-reduce": {3: "no word came"}}},
@@ -261,6 +262,14 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         with_speeds(2, 3, copied_bytes_per_sec=1e9),
         "error",
         r"node2 copies memory at 20% of the others' speed",
+    ),
+    "chance, where all lack cores": (
+        {
+            "speeds": with_speeds(*range(6), core_share=0.5)["speeds"]
+            | {r: speed(r, matmul_flops_per_sec=20e9, core_share=0.2) for r in (4, 5)}
+        },
+        "warning",
+        r"ranks 0, 1, 2, 3, 4 and 5 got 20% of the cores' time",
     ),
     "all starved": (
         with_speeds(*range(6), core_share=0.4),

@@ -42,7 +42,7 @@ def measure_speed(rank: int, device: torch.device, *, quick: bool) -> Speed:
     before = throttled()
     windows = QUICK_WINDOWS if quick else WINDOWS
     products, share = _best(windows, lambda: torch.mm(left, left, out=out), out)
-    copies, _ = _best(windows, lambda: target.copy_(source), target)
+    copies, copy_share = _best(windows, lambda: target.copy_(source), target)
     after = throttled()
     now, most = megahertz(sorted(os.sched_getaffinity(0)))
     return Speed(
@@ -50,6 +50,7 @@ def measure_speed(rank: int, device: torch.device, *, quick: bool) -> Speed:
         matmul_flops_per_sec=products * 2 * side**3,
         copied_bytes_per_sec=copies * source.numel(),
         core_share=share if device.type == "cpu" else 1.0,
+        copy_core_share=copy_share if device.type == "cpu" else 1.0,
         num_threads=torch.get_num_threads(),
         throttled_periods=after[0] - before[0],
         periods=after[1] - before[1],

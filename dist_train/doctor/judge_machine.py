@@ -115,8 +115,8 @@ def _dealt(section: Section, node: str, ranks: list[Machine], each: float) -> No
         )
     else:
         section.note(
-            f"each rank on {{nodes}} has {each:.2g} of the cores, for its computation and its data "
-            "workers: start fewer ranks if the data cannot keep up",
+            f"{counted(len(ranks), 'rank')} and their data workers share {each * len(ranks):.3g} "
+            "cores on {nodes}: start fewer ranks if the data cannot keep up",
             node=node,
         )
 

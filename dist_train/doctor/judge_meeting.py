@@ -54,13 +54,14 @@ def judge_ranks(
             f"ready within {wait_sec:.0f} s, most likely in importing torch: put the environment "
             "on a faster file system, or raise --wait"
         )
-    cannot: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
+    cannot: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for rank, a in arrivals.items():
         if a.store not in ("reached", "not tried") and not a.torch_error:
-            cannot[node_of.get(rank, "?"), a.store, a.store_detail, a.store_address].append(rank)
-    for (node, outcome, detail, address), ranks in cannot.items():
+            cannot[a.store, a.store_detail, a.store_address].append(rank)
+    for (outcome, detail, address), ranks in cannot.items():
+        where = listed(dict.fromkeys(node_of.get(rank, "an unknown node") for rank in ranks))
         section.error(
-            f"{ranks_of(ranks)} on {node} run, but cannot "
+            f"{ranks_of(ranks)} on {where} started, but cannot "
             f"{'listen' if outcome == 'taken' else 'reach rank 0'} at {master}"
             f"{_in_brackets(address, detail)}: {WHY[outcome]}"
         )

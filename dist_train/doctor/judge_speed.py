@@ -12,9 +12,10 @@ SLOW, VERY_SLOW = 0.75, 0.5  # of the others' median
 SLOW_COPY = 0.6  # copies share the memory with all neighbours, and vary more
 STARVED = 0.6  # of its cores' time: something else has the rest
 LOADED = 0.5  # processes for each core, before the doctor did anything
-MEASURES: dict[str, tuple[Callable[[Speed], float], float]] = {
-    "computes": (lambda speed: speed.matmul_flops_per_sec, SLOW),
-    "copies memory": (lambda speed: speed.copied_bytes_per_sec, SLOW_COPY),
+Measure = Callable[[Speed], tuple[float, float]]  # the speed, and the share of its cores' time
+MEASURES: dict[str, tuple[Measure, float]] = {
+    "computes": (lambda speed: (speed.matmul_flops_per_sec, speed.core_share), SLOW),
+    "copies memory": (lambda s: (s.copied_bytes_per_sec, s.copy_core_share), SLOW_COPY),
 }
 
 
@@ -26,13 +27,22 @@ def judge_speeds(machines: list[Machine], speeds: dict[int, Speed]) -> Section:
     for rank, machine in here.items():
         nodes[machine.node].append(speeds[rank])
     for node, mine in nodes.items():
-        flops, copied = (statistics.median(map(value, mine)) for value, _ in MEASURES.values())
+        flops = statistics.median(speed.matmul_flops_per_sec for speed in mine)
+        copied = statistics.median(speed.copied_bytes_per_sec for speed in mine)
         section.lines.append(
             f"{node}: {flops / 1e9:,.0f} GFLOP/s, copies {size_of(copied)}/s, each rank "
             f"({mine[0].device}, {counted(mine[0].num_threads, 'thread')})"
         )
+    starved = [speed for speed in speeds.values() if speed.core_share < STARVED]
     named: set[str] = set()
-    for verb, (value, slow) in MEASURES.items():
+    for verb, (measure, slow) in MEASURES.items():
+
+        def value(speed: Speed, measure: Measure = measure) -> float:
+            """Where most ranks lack cores, who got how much is chance; a quota is none."""
+            reached, share = measure(speed)
+            by_chance = 2 * len(starved) > len(speeds) and not speed.throttled_periods
+            return reached / share if by_chance else reached
+
         # A node is slow if even the best of its ranks is.
         by_node = {node: max(map(value, mine)) for node, mine in nodes.items()}
         for node, share in share_of_others(by_node).items():
@@ -46,7 +56,6 @@ def judge_speeds(machines: list[Machine], speeds: dict[int, Speed]) -> Section:
                     named.add(rank)
                     who = f"rank {rank} on {node} {verb}"
                     _tell(section, who, share, [speeds[int(rank)]], here)
-    starved = [speed for speed in speeds.values() if speed.core_share < STARVED]
     if starved and not named:
         section.warning(
             f"{ranks_of(s.rank for s in starved)} got {min(s.core_share for s in starved):.0%} of "

@@ -10,7 +10,8 @@ class Speed:
     rank: int
     matmul_flops_per_sec: float
     copied_bytes_per_sec: float
-    core_share: float  # of the time of its threads' cores that it got; 1.0 on a GPU
+    core_share: float  # of its threads' cores' time that it got for the matmul; 1.0 on a GPU
+    copy_core_share: float
     num_threads: int
     throttled_periods: int  # of the cgroup's quota, meanwhile
     periods: int

@@ -115,7 +115,9 @@ def test_a_node_whose_name_the_others_cannot_resolve(cluster: Cluster, tmp_path:
 def test_a_first_node_whose_name_another_cannot_resolve(cluster: Cluster, tmp_path: Path) -> None:
     with nameless(cluster, "node1", on=[3]):
         found = examine(cluster, tmp_path)
-    the_problem(found, "rank 2 on node3 run, but cannot reach rank 0 at node1:.*does not resolve")
+    the_problem(
+        found, "rank 2 on node3 started, but cannot reach rank 0 at node1:.*does not resolve"
+    )
 
 
 def test_a_port_that_is_blocked(cluster: Cluster, tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_port_that_is_blocked(cluster: Cluster, tmp_path: Path) -> None:
         found = examine(cluster, tmp_path)
     the_problem(
         found,
-        rf"ranks? 1 on node2 run, but cannot reach rank 0 at node1:{PORT} \(.*\): no answer: a "
-        "firewall drops it",
+        rf"ranks 1 and 2 on node2 and node3 started, but cannot reach rank 0 at node1:{PORT} "
+        r"\(.*\): no answer: a firewall drops it",
     )
 
 
