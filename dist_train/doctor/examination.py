@@ -31,7 +31,7 @@ from dist_train.doctor.storage import Disk, Disturber, View, miss, view
 from dist_train.interface import VARIABLE, interface_for_gloo
 from dist_train.layout import Layout
 
-NETWORK_SEC, STORAGE_SEC, SPEED_SEC, TRAFFIC_SEC = 90.0, 60.0, 60.0, 150.0
+NETWORK_SEC, STORAGE_SEC, SPEED_SEC, TRAFFIC_SEC = 90.0, 60.0, 30.0, 150.0
 GOODBYE_SEC = 5.0
 
 
@@ -112,7 +112,7 @@ class Examination:
         return facts
 
     def _follow(self, mine: Arrival) -> None:
-        late = 0 if self._board.is_alone() else 2 * (self._wait_sec + RESOLVE_SEC) + MARGIN_SEC
+        late = 2 * (self._wait_sec + RESOLVE_SEC) + MARGIN_SEC
         told = self._board.collect("peers", [0], late)
         if 0 not in told:
             raise LeftAloneError(self._why_alone(mine))

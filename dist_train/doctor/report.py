@@ -24,7 +24,9 @@ def as_text(facts: Facts, sections: list[Section]) -> str:
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     lines = [f"dist-train doctor: run folder {facts.run_dir}, {facts.sec:.0f} s"]
     for section in sections:
-        lines += ["", section.title, *(f"    {line}" for line in section.lines)]
+        lines += ["", section.title]
+        for line in section.lines:
+            lines += textwrap.wrap(line, width, initial_indent=" " * 4, subsequent_indent=" " * 8)
         for finding in section.findings:
             lines += _wrapped(f"  {finding.level}", finding, width)
     errors, warnings = _of_level(sections, "error"), _of_level(sections, "warning")

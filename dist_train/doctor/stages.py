@@ -46,7 +46,7 @@ class Stages:
         else:
             begin = self._board.collect(f"begin {name}", [0], PATIENCE_SEC)
             if 0 not in begin:
-                raise LeftAloneError(f"rank 0 fell silent before {name} ({PATIENCE_SEC:.0f} s)")
+                raise LeftAloneError(f"rank {self._rank} hears nothing of rank 0 before {name}")
             note = begin[0]
         result: dict[str, Any] = {"value": None, "failed": ""}
         try:
