@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -93,8 +94,11 @@ class _Report(logging.Handler):
         status = read_json(self._folder / "status.json")
         mine = status if status.get("chain") == self._chain else {}
         over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
-        if self._single and over:  # a rank that dies in its tidying-up is no news
+        if over:  # a rank that dies in its tidying-up is no news
             raise SystemExit(mine["exit_code"])
+        memory = chain.read(self._folder)
+        if memory.chain == self._chain:  # of several nodes each counts only its own restarts
+            self._attempt = max(self._attempt, memory.attempt)
         why = self._why(code, local_rank)
         began = chain.read(self._folder).attempt >= self._attempt and bool(mine)
         self._silent = 0 if began else self._silent + 1
@@ -125,8 +129,10 @@ class _Report(logging.Handler):
         if known is not None:
             return known.sentence()
         memory = chain.read(self._folder)
-        if not self._single or (memory.chain, memory.attempt) != (self._chain, self._attempt):
+        if (memory.chain, memory.attempt) != (self._chain, self._attempt):
             return f"local rank {local_rank} {_ending(code)} before it had joined the run"
+        if not self._single:
+            return f"local rank {local_rank} of {socket.gethostname()} {_ending(code)}"
         how = _ending(code)
         if code > 0 and local_rank in memory.witnesses:  # it only saw another one end
             others = sorted(set(range(_local_ranks())) - set(memory.witnesses))

@@ -5,6 +5,7 @@ there is no process group and each of them is the identity.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from dist_train.heartbeat import Pulse
 from dist_train.interface import VARIABLE as GLOO_VARIABLE
 from dist_train.interface import interface_for_gloo
 from dist_train.layout import Layout, detect_layout
-from dist_train.rendezvous import open_store, register
+from dist_train.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -208,8 +209,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         if name is not None:
             os.environ[GLOO_VARIABLE] = name
     start = timedelta(seconds=config.parallel.start_timeout_sec)
-    store = open_store(layout, config)
-    register(store, layout, config, device_name, error)
+    store, attempt = meet(layout, config, device_name, error)
+    layout = dataclasses.replace(layout, attempt=attempt)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),

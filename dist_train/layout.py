@@ -27,7 +27,8 @@ class Layout:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    attempt: int = 0  # restarts of this chain so far
+    attempt: int = 0  # restarts of this chain so far, as far as this process can know
+    first_attempt: int = 0  # of this launch
     run_id: str = ""  # of torchrun's rendezvous, the same on all nodes; "": none was given
     chain: str = ""  # one launcher's start; restarts and requeues keep it
     master_addr: str = "127.0.0.1"
@@ -70,6 +71,7 @@ def _of_torchrun(env: Mapping[str, str], parent: int) -> Layout:
         local_world_size=number(env, "LOCAL_WORLD_SIZE", str(world_size)),
         run_id=env.get("TORCHELASTIC_RUN_ID", "").removesuffix("none"),
         attempt=before + number(env, "TORCHELASTIC_RESTART_COUNT", "0"),
+        first_attempt=before,
         chain=env.get(CHAIN_VARIABLE)
         or env.get("SLURM_JOB_ID")
         or f"{env.get('TORCHELASTIC_RUN_ID', 'none')}-{parent}",
@@ -90,6 +92,7 @@ def _of_slurm(env: Mapping[str, str], task: Task) -> Layout:
         world_size=task.num_tasks,
         local_world_size=task.tasks_here,
         attempt=attempt,
+        first_attempt=attempt,
         chain=env.get(CHAIN_VARIABLE) or f"slurm-{task.job}",
         master_addr=env.get("MASTER_ADDR") or task.nodes[0],
         master_port=number(env, "MASTER_PORT", str(port)),

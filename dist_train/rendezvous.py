@@ -28,6 +28,11 @@ FINE, STOPPED = "fine", "stopped: "  # verdicts; any other is a mistake
 OWNER = "owner"  # key of the launch whose store it is
 CONNECT_GRACE_SEC = 1.0  # for the constructor to time out by itself: it says more
 STOPPED_WAIT_SEC = 5.0  # for ranks that may have been stopped before they could listen
+NODES_CHANGED = (
+    "the number of nodes changed while the run was on (torchrun --nnodes=MIN:MAX): ranks cannot "
+    "join or leave it. Start it with a fixed --nnodes; the same command continues from the last "
+    "checkpoint on any number of them"
+)
 
 
 class StoppedBeforeStartError(RuntimeError):
@@ -47,10 +52,6 @@ class Launch:
     host: str
     pid: int
 
-    def is_same_run(self, other: "Launch") -> bool:
-        """Say whether these are two starts of one run by one torchrun."""
-        return (self.run_id, self.config_hash) == (other.run_id, other.config_hash)
-
     def is_foreign_to(self, other: "Launch") -> bool:
         """Say whether these are two runs; ranks of one with a slip in their settings are not."""
         if self.run_id and other.run_id and self.run_id != other.run_id:
@@ -61,19 +62,72 @@ class Launch:
         return other_folder and (one_host or not one_config)
 
 
-def open_store(layout: Layout, config: Config) -> Store:
-    """Return this launch's store under a prefix of this attempt's own.
+def meet(
+    layout: Layout, config: Config, device_name: str, error: str | None = None
+) -> tuple[Store, int]:
+    """Meet the other ranks; returns a store of this attempt's own, and its number. Collective.
 
-    Restarted ranks would otherwise read the dead generation's addresses from torchrun's store.
-    A rank of another launch writes nothing into it, so that the owner does not notice.
+    Restarted ranks would otherwise read the dead ones' addresses from torchrun's store. Which
+    attempt it is the ranks agree on here: each node's torchrun counts its own restarts, and does
+    not count those that another node's asked for. So rank 0 opens a round, and the others join the
+    newest one that is not over. A rank of another launch writes nothing, so that the owner does
+    not notice.
+
+    Args:
+        layout: this rank's place; of several attempts that are said to come next the latest counts.
+        config: of the run.
+        device_name: unique on this host; "cpu" is not.
+        error: why this rank cannot start.
 
     Raises:
-        ConfigError: the port is taken, nobody answers, or the store is that of another launch.
+        ConfigError: the port is taken, nobody answers, the store is that of another launch, the
+            table of ranks makes no sense, or somebody did not come.
         StoppedBeforeStartError: asked to stop while waiting.
     """
-    store = _connect(layout, timedelta(seconds=config.parallel.start_timeout_sec))
-    _check_owner(PrefixStore("dist_train", store), layout, config)
-    return PrefixStore(f"dist_train/attempt_{layout.attempt}", store)
+    start_sec = config.parallel.start_timeout_sec
+    store = PrefixStore("dist_train", _connect(layout, timedelta(seconds=start_sec)))
+    _check_owner(store, layout, config)
+    if layout.rank == 0 and store.check(["world_size"]):
+        before = int(store.get("world_size"))
+        error = error or (None if before == layout.world_size else NODES_CHANGED)
+    while True:
+        number = _open_round(store, layout) if layout.rank == 0 else _join(store, layout, start_sec)
+        place = PrefixStore(f"round_{number}", store)
+        if _register(
+            place, layout, config, device_name, error, lambda n=number: _rounds(store) > n
+        ):
+            return place, int(place.get("attempt"))
+
+
+def _open_round(store: Store, layout: Layout) -> int:
+    number = store.add("rounds", 1)
+    attempt = max(layout.attempt, layout.first_attempt + number - 1)
+    PrefixStore(f"round_{number}", store).set("attempt", str(attempt))
+    store.set("world_size", str(layout.world_size))
+    return number
+
+
+def _rounds(store: Store) -> int:
+    return store.add("rounds", 0)
+
+
+def _join(store: Store, layout: Layout, start_sec: float) -> int:
+    """Return the newest round, once there is one without a verdict. For all but rank 0."""
+    number = 0
+
+    def is_open() -> bool:
+        nonlocal number
+        number = _rounds(store)
+        over = number > 0 and store.check([f"round_{number}/verdict"])
+        if over and not layout.store_is_served:  # rank 0's own: it will not open another one
+            raise _not_ours(store, layout, "has all its ranks already")
+        return number > 0 and not over
+
+    if _wait_for(is_open, start_sec + VERDICT_GRACE_SEC):
+        return number
+    if number > 0 and stop_reason() is None:
+        raise _not_ours(store, layout, "has all its ranks already")
+    _end_without_first(PrefixStore(f"round_{number + 1}", store), layout.world_size, start_sec)
 
 
 def _check_owner(store: Store, layout: Layout, config: Config) -> None:
@@ -89,25 +143,24 @@ def _check_owner(store: Store, layout: Layout, config: Config) -> None:
     if layout.rank == 0:
         store.compare_set(OWNER, "", json.dumps(dataclasses.asdict(mine)))
     elif not _wait(store, OWNER, config.parallel.start_timeout_sec + VERDICT_GRACE_SEC):
-        attempt = PrefixStore(f"attempt_{layout.attempt}", store)
-        _end_without_first(attempt, layout.world_size, config.parallel.start_timeout_sec)
-    owner = Launch(**json.loads(store.get(OWNER)))
-    verdict = f"attempt_{layout.attempt}/verdict"
-    complete = store.check([verdict]) and store.get(verdict).decode() == FINE
-    if complete and layout.store_is_served and mine.is_same_run(owner):
-        raise ConfigError(
-            "the number of nodes changed while the run was on (torchrun --nnodes=MIN:MAX): ranks "
-            "cannot join or leave it. Start it with a fixed --nnodes; the same command continues "
-            "from the last checkpoint on any number of them"
-        )
-    if complete or mine.is_foreign_to(owner):
-        what = "has all its ranks already" if complete else "is another run"
-        raise ConfigError(
-            f"the store at {layout.master_addr}:{layout.master_port} is that of process "
-            f"{owner.pid} on {owner.host} with run folder {owner.folder}, which {what}: give this "
-            "one a port of its own with --master-port or MASTER_PORT (and another --rdzv-id), or "
-            "start all ranks of one run with the same command"
-        )
+        first = PrefixStore("round_1", store)
+        _end_without_first(first, layout.world_size, config.parallel.start_timeout_sec)
+    if mine.is_foreign_to(_owner(store)):
+        raise _not_ours(store, layout, "is another run")
+
+
+def _owner(store: Store) -> Launch:
+    return Launch(**json.loads(store.get(OWNER)))
+
+
+def _not_ours(store: Store, layout: Layout, what: str) -> ConfigError:
+    owner = _owner(store)
+    return ConfigError(
+        f"the store at {layout.master_addr}:{layout.master_port} is that of process {owner.pid} on "
+        f"{owner.host} with run folder {owner.folder}, which {what}: give this one a port of its "
+        "own with --master-port or MASTER_PORT (and another --rdzv-id), or start all ranks of one "
+        "run with the same command"
+    )
 
 
 def _end_without_first(store: Store, world_size: int, start_sec: float) -> NoReturn:
@@ -195,14 +248,18 @@ def _made_in_time(make: Callable[[], Store], seconds: float) -> Store:
     raise failed[0] if failed else RuntimeError("no answer")
 
 
-def register(
-    store: Store, layout: Layout, config: Config, device_name: str, error: str | None
-) -> None:
-    """Tell rank 0 who we are, and take its verdict on the whole table. Collective.
+def _register(
+    store: Store,
+    layout: Layout,
+    config: Config,
+    device_name: str,
+    error: str | None,
+    is_stale: Callable[[], bool],
+) -> bool:
+    """Tell rank 0 who we are, and take its verdict on the whole table.
 
-    Raises:
-        ConfigError: the table makes no sense, or somebody did not come.
-        StoppedBeforeStartError: the same, after a request to stop.
+    Returns:
+        False if a newer round was opened meanwhile: this one was that of ranks which have died.
     """
     entry = Registration(
         rank=layout.rank,
@@ -232,14 +289,19 @@ def register(
         wrong = check_registrations(table, layout.world_size) or FINE
         _decide(store, f"{STOPPED}{missing}" if missing else wrong)
     # Longer than rank 0 waits: it knows who is missing.
-    if not _wait(store, "verdict", start_sec + VERDICT_GRACE_SEC):
+    decided = _wait_for(
+        lambda: store.check(["verdict"]) or is_stale(), start_sec + VERDICT_GRACE_SEC
+    )
+    if decided and not store.check(["verdict"]):
+        return False
+    if not decided:
         reason = stop_reason()
         if reason is None:
             raise _first_is_missing(layout.world_size, start_sec)
         _decide(store, f"{STOPPED}{reason}")  # late ranks will read it, and end too
     verdict = store.get("verdict").decode()
     if verdict == FINE:
-        return
+        return True
     store.add("verdict_read", 1)
     if layout.rank == 0 and not layout.store_is_served:
         _wait_for_readers(store, layout.world_size)
@@ -261,12 +323,16 @@ def _wait_for_readers(store: Store, world_size: int) -> None:
 
 
 def _wait(store: Store, key: str, seconds: float) -> bool:
-    """Wait for a key; a rank that is asked to stop waits a few seconds only."""
+    """Wait for a key; not by store.wait: a signal's handler would run only when it has returned."""
+    return _wait_for(lambda: store.check([key]), seconds)
+
+
+def _wait_for(there: Callable[[], bool], seconds: float) -> bool:
+    """Wait for something in a store; a rank that is asked to stop waits a few seconds only."""
     end = time.monotonic() + seconds
     while True:
         try:
-            # Not store.wait: a signal's handler would run only when that has returned.
-            if store.check([key]):
+            if there():
                 return True
         except DistNetworkError:
             return False  # the store is gone

@@ -1,5 +1,6 @@
 """A port is one launch's: strangers are refused at once, and silence has an end."""
 
+import dataclasses
 import os
 import socket
 import threading
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from dist_train import rendezvous
 from dist_train.config import ConfigError
 from dist_train.layout import Layout, detect_layout
-from dist_train.rendezvous import Launch, open_store, register
+from dist_train.rendezvous import Launch, meet
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import small
 
@@ -42,7 +44,7 @@ def port() -> Any:
 def come(layout: Layout, config: Any) -> str | None:
     """Meet as a rank; returns why it was refused."""
     try:
-        register(open_store(layout, config), layout, config, "cpu", None)
+        meet(layout, config, "cpu")
     except ConfigError as error:
         return str(error)
     return None
@@ -68,17 +70,14 @@ def test_a_strangers_rank_is_refused_and_the_first_job_does_not_notice(
     first = small(tmp_path / "first", "parallel.start_timeout_sec=30")
     second = small(tmp_path / "second", "seed=1", "parallel.start_timeout_sec=30")
     ranks = [layout_of(rank, port) for rank in range(2)]
-    started = threading.Event()
     told: list[str | None] = []
+    watching = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
 
     def rank_0() -> str | None:
-        store = open_store(ranks[0], first)
-        started.set()
-        register(store, ranks[0], first, "cpu", None)
-        return None
+        return come(ranks[0], first)
 
     def stranger_then_rank_1() -> str | None:
-        assert started.wait(30)
+        watching.wait(["dist_train/round_1/attempt"])
         told.extend(come(ranks[rank], second) for rank in (1, 0))  # while the first job waits
         return come(ranks[1], first)
 
@@ -92,13 +91,71 @@ def test_a_strangers_rank_is_refused_and_the_first_job_does_not_notice(
         assert "--rdzv-id" in line
 
 
-def test_who_comes_when_all_are_there_is_refused(tmp_path: Path, port: int) -> None:
-    config = small(tmp_path)
+def test_who_comes_when_all_are_there_is_refused(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "VERDICT_GRACE_SEC", 1.0)
+    config = small(tmp_path, "parallel.start_timeout_sec=2")
     ranks = [layout_of(rank, port) for rank in range(2)]
     assert both(*(lambda r=r: come(r, config) for r in ranks)) == [None, None]
-    again = come(ranks[1], config)
+    again = come(ranks[1], config)  # it could be one of the next attempt, so it waits for rank 0
     assert again is not None
     assert "has all its ranks already" in again
+    stranger = come(layout_of(1, port, served=False), config)  # there this cannot be
+    assert stranger is not None
+    assert "has all its ranks already" in stranger
+
+
+def attempt_of(layout: Layout, config: Any, numbers: list[int]) -> str | None:
+    numbers.append(meet(layout, config, "cpu")[1])
+    return None
+
+
+@pytest.mark.parametrize("early", [0, 1], ids=["rank 0 first", "rank 1 first"])
+def test_ranks_agree_on_the_attempt_whatever_their_nodes_counted(
+    early: int, tmp_path: Path, port: int
+) -> None:
+    """One node's torchrun restarted its ranks; the other's joined in and counted nothing."""
+    config, numbers = small(tmp_path), []
+    counted = [(0, 0), (0, 1), (2, 1)]  # by the torchruns of ranks 0 and 1
+    for restarts in counted:
+        ranks = [
+            dataclasses.replace(layout_of(r, port), attempt=4 + restarts[r], first_attempt=4)
+            for r in range(2)
+        ]
+        if early == 1:
+            ranks.reverse()
+        late = [0.0, 0.5]
+
+        def come_late(n: int, ranks: list[Layout] = ranks, late: list[float] = late) -> str | None:
+            time.sleep(late[n])
+            return attempt_of(ranks[n], config, numbers)
+
+        assert both(lambda: come_late(0), lambda: come_late(1)) == [None, None]
+    assert numbers == [4, 4, 5, 5, 6, 6]
+
+
+def test_a_rank_leaves_the_round_of_ranks_that_died(tmp_path: Path, port: int) -> None:
+    config, numbers = small(tmp_path), []
+    dead = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    ranks = [layout_of(r, port) for r in range(2)]
+    before = PrefixStore("dist_train", dead)  # of a rank 0 that is killed right after this
+    rendezvous._check_owner(before, ranks[0], config)
+    rendezvous._open_round(before, ranks[0])
+
+    def rank_0() -> str | None:
+        dead.wait(["dist_train/round_1/came/1"])
+        return attempt_of(ranks[0], config, numbers)
+
+    both(rank_0, lambda: attempt_of(ranks[1], config, numbers))
+    assert numbers == [1, 1]
+
+
+def test_another_number_of_nodes_in_a_running_launch_is_refused(tmp_path: Path, port: int) -> None:
+    config = small(tmp_path)
+    assert come(layout_of(0, port, world_size=1), config) is None
+    ends = both(*(lambda r=r: come(layout_of(r, port), config) for r in range(2)))
+    assert all("the number of nodes changed while the run was on" in str(line) for line in ends)
 
 
 def test_ranks_of_one_run_with_other_settings_are_told_which(tmp_path: Path, port: int) -> None:

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
 
-from dist_train.config import ConfigError
-from dist_train.layout import detect_layout
-from dist_train.rendezvous import open_store, register
 from tests.ranks import free_port, run_ranks
 from tests.settings import SMALL, metrics, small
 from tests.test_resume import HARD
@@ -223,15 +219,3 @@ def test_a_node_that_joins_costs_no_step(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout
     steps = [line["step"] for line in metrics(folder) if "train/loss" in line]
     assert steps == list(range(1, 151)), "no step is lost or repeated"
-
-
-def test_ranks_of_another_number_of_nodes_in_one_attempt_are_refused() -> None:
-    config = small("run")
-    store = TCPStore("127.0.0.1", free_port(), is_master=True)
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    place |= {"TORCHELASTIC_RUN_ID": "elastic"}
-    first = detect_layout(place)
-    register(open_store(first, config), first, config, "cpu", None)
-    with pytest.raises(ConfigError, match="the number of nodes changed while the run was on"):
-        open_store(detect_layout(place | {"WORLD_SIZE": "2"}), config)

@@ -28,13 +28,13 @@ def world_size(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("before", "command", "ranks", "rule"),
-    [
+    [  # "; true": a shell that has nothing more to do would become the command
         ("salloc -N1 -n2", TRAIN, 1, "no launcher, in the allocation of SLURM job"),
         ("salloc -N1 -n2", TORCHRUN, 2, "torchrun"),
         ("salloc -N2 --ntasks-per-node=1", f"srun {TRAIN}", 2, "SLURM step"),
         ("srun -N1 -n1 --pty", TRAIN, 1, "SLURM step"),
-        ("srun -N1 -n1 --pty bash -c", f"true; {TRAIN}", 1, "an interactive shell in SLURM step"),
-        ("srun -N1 -n1 --pty bash -c", f"true; {TORCHRUN}", 2, "torchrun"),
+        ("srun -N1 -n1 --pty bash -c", f"{TRAIN}; true", 1, "an interactive shell in SLURM step"),
+        ("srun -N1 -n1 --pty bash -c", f"{TORCHRUN}; true", 2, "torchrun"),
         ("srun -N1 -n2 --job-name=bash", TRAIN, 2, "SLURM step"),
         ("srun -N1 -n2 --job-name=interactive", TRAIN, 2, "SLURM step"),
     ],
@@ -42,7 +42,8 @@ def world_size(folder: Path) -> int:
 def test_the_rule_that_was_used_is_told_and_right(
     before: str, command: str, ranks: int, rule: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    line = f"{command} {words(tmp_path)}"
+    first, semicolon, rest = command.partition(";")
+    line = f"{first} {words(tmp_path)}{semicolon}{rest}"
     if before.endswith("-c"):
         line = shlex.quote(line)
     whole = f"{before} {line}"
