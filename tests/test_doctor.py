@@ -202,6 +202,7 @@ def examine_here(folder: str) -> int:
     return main(["--quick", f"--run-dir={folder}", f"--json={folder}/x.json", "--wait=20"])
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher(tmp_path: Path) -> None:
     codes = run_ranks(examine_here, 2, str(tmp_path))
     told = json.loads((tmp_path / "x.json").read_text())
@@ -216,6 +217,7 @@ def leave_rank_1(folder: str) -> int | None:
     return main([f"--run-dir={folder}", f"--json={folder}/x.json", "--wait=1", "--quick"])
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,9 +28,8 @@ from dist_train.layout import Layout, detect_layout
 
 WAIT_SEC = 60.0
 TOTAL_SEC = 900.0  # beyond the wait: longer than all stages' deadlines
-CODE_FILE_VARIABLE = (
-    "DIST_TRAIN_DOCTOR_CODE"  # where rank 0 leaves the exit code: torchrun keeps none
-)
+# A file in which rank 0 leaves the exit code: torchrun keeps none.
+CODE_FILE_VARIABLE = "DIST_TRAIN_DOCTOR_CODE"
 
 
 def main(argv: list[str]) -> int:
