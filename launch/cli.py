@@ -13,6 +13,10 @@ VERBS = {
     "batch": ("launch.batch", "the body of a batch job: ranks, restarts, requeue"),
     "replay": ("dist_train.replay", "run a batch that was not finite again, and see where"),
     "checkpoint": ("dist_train.checkpoint_tool", "list, verify and show the checkpoints of a run"),
+    "doctor": (
+        "dist_train.doctor.main",
+        "is this machine, or this allocation, fit for a training?",
+    ),
     "verify-resume": (
         "dist_train.verify_resume",
         "kill and resume your configuration: are the bits those of an unbroken run?",

@@ -51,7 +51,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("endings",),
     ("claim", "evaluation", "rollback", "start"),
     ("train",),
-    ("differences", "dry_run", "replay"),
+    ("differences", "doctor", "dry_run", "replay"),
     ("__main__",),
     ("rehearsal",),
     ("verify_resume",),
@@ -76,6 +76,8 @@ LATE = {
     ("dist_train/agent.py", "torch.distributed"),  # after it has begun to listen
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing"),
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing.errors"),
+    ("dist_train/doctor/arrival.py", "dist_train.doctor"),  # torch may be what is broken
+    ("dist_train/doctor/examination.py", "dist_train.doctor"),
     ("dist_train/tracking.py", "torch.utils.tensorboard"),
     ("dist_train/wandb_tracker.py", "wandb"),
     ("launch/cli.py", "dist_train"),  # the version
@@ -97,6 +99,7 @@ WITHOUT_TORCH = (
     "dist_train.config.arguments",
     "dist_train.agent",
     "dist_train.chain",
+    "dist_train.doctor.main",
     "dist_train.layout",
     "dist_train.preemption",
     "launch.cancel",

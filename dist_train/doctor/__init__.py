@@ -1,0 +1,1 @@
+"""`dist-train doctor`: is this machine, or this allocation, fit for a training?"""
