@@ -55,7 +55,7 @@ def judge_ranks(
             "on a faster file system, or raise --wait"
         )
     cannot: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for rank, a in arrivals.items():
+    for rank, a in sorted(arrivals.items()):
         if a.store not in ("reached", "not tried") and not a.torch_error:
             cannot[a.store, a.store_detail, a.store_address].append(rank)
     for (outcome, detail, address), ranks in cannot.items():
@@ -67,7 +67,7 @@ def judge_ranks(
         )
     for stage, of_rank in lost.items():
         for why in dict.fromkeys(of_rank.values()):
-            ranks = [rank for rank, text in of_rank.items() if text == why]
+            ranks = sorted(rank for rank, text in of_rank.items() if text == why)
             section.error(f"{ranks_of(ranks)} failed in {stage} ({why}): see its messages")
     return section.fine_if_nothing("every rank is here and reaches rank 0")
 
