@@ -22,7 +22,7 @@ STOPS = {"preemption": preempt, "scontrol requeue": requeue, "USR2": user_signal
 def j1(trial: Trial) -> float | None:
     """One fault on two nodes of two ranks."""
     name = trial.one_of(tuple(FAULTS))
-    step = trial.dice.randrange(2, STEPS - 12)
+    step = trial.dice.randrange(2, STEPS // 2)
     trial.notes["step"] = step
     with running_cluster(cpus=TASKS) as cluster:
         with disturbed(cluster, name, trial.folder, step=step, tasks=TASKS) as job:
@@ -41,7 +41,7 @@ def p3(trial: Trial) -> float | None:
         begin = time.monotonic()
         for attempt in range(3):
             kind = trial.dice.choice(sorted(STOPS))
-            step = trial.dice.randrange(9 * attempt + 1, 9 * attempt + 9)
+            step = trial.dice.randrange(7 * attempt + 1, 7 * attempt + 7)
             trial.notes[f"stop {attempt}"] = f"{kind} at step {step}"
             job.wait_for_step(step, attempt=attempt)
             STOPS[kind](job)

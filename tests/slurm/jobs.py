@@ -18,7 +18,7 @@ STEPS = 40
 PACED = (
     *SMALL,
     "model.factory=tests.nets:paced_net",
-    "model.args.sec=0.15",
+    "model.args.sec=0.2",
     "log_every=1",
     f"train.steps={STEPS}",
     "checkpoint.every_steps=5",

@@ -35,7 +35,6 @@ def world_size(folder: Path) -> int:
         ("srun -N1 -n1 --pty", TRAIN, 1, "SLURM step"),
         ("srun -N1 -n1 --pty bash -c", f"{TRAIN}; true", 1, "an interactive shell in SLURM step"),
         ("srun -N1 -n1 --pty bash -c", f"{TORCHRUN}; true", 2, "torchrun"),
-        ("srun -N1 -n2 --job-name=bash", TRAIN, 2, "SLURM step"),
         ("srun -N1 -n2 --job-name=interactive", TRAIN, 2, "SLURM step"),
     ],
 )

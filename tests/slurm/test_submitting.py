@@ -28,8 +28,8 @@ class User:
         jobs = ("--jobs-dir", str(self.folder / "jobs"))
         return self.cluster.run(sys.executable, "-m", "launch.cli", *words, *jobs)
 
-    def submits(self, *words: str) -> Submitted:
-        options = ("--time", "10", "--gpus-per-node", "0", "--tasks-per-node", "2")
+    def submits(self, *words: str, tasks: int = 1) -> Submitted:
+        options = ("--time", "10", "--gpus-per-node", "0", "--tasks-per-node", str(tasks))
         run_dir = self.folder / "run"
         told = self.types("submit", *options, f"run_dir={run_dir}", *words)
         assert "follow it" in told, told
@@ -49,7 +49,7 @@ def user(cluster: Cluster, tmp_path: Path) -> User:
 @pytest.mark.parametrize("shape", ["srun", "torchrun"])
 def test_resnet9_submitted_on_two_nodes(shape: str, user: User, tmp_path: Path) -> None:
     local = run_ranks(train_with, 4, small(tmp_path / "local", *RESNET), None)[0]
-    job = user.submits("--nodes=2", "--shape", shape, *SMALL, *RESNET)
+    job = user.submits("--nodes=2", "--shape", shape, *SMALL, *RESNET, tasks=2)
     assert job.wait_for_end().state == "COMPLETED", job.text()
     assert job.summary()["weights_sha256"] == local["weights_sha256"]
     assert job.summary()["world_size"] == 4
@@ -59,7 +59,7 @@ def test_resnet9_submitted_on_two_nodes(shape: str, user: User, tmp_path: Path) 
 
 def test_a_submitted_job_is_requeued_at_its_word(user: User, tmp_path: Path) -> None:
     config = small(tmp_path / "local", *PACED, "model.args.sec=0.0")
-    local = run_ranks(train_with, 2, config, None)[0]
+    local = run_ranks(train_with, 1, config, None)[0]
     job = user.submits(*PACED)
     job.wait_for_step(8)
     user.cluster.run("scancel", "--signal=USR2", job.job_id)

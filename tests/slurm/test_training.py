@@ -81,7 +81,7 @@ def test_three_preemptions_and_other_numbers_of_nodes(
     local = run_ranks(train_with, 1, config, None)[0]
     with submitted(cluster, "B", tmp_path, *words, nodes=4, tasks=1) as job:
         for restart, nodes in enumerate((2, 1, 4)):
-            job.wait_for_step(8 * (restart + 1), attempt=restart)
+            job.wait_for_step(7 * (restart + 1), attempt=restart)
             preempt(job)
             job.wait_until(lambda: job.job().state == "PENDING", "the requeue")
             sizes = (f"NumNodes={nodes}", f"NumTasks={nodes}", f"NumCPUs={nodes}")
