@@ -176,6 +176,7 @@ class _Ranks:
     def __init__(self) -> None:
         self.stopped_by: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_srun = False
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         for number in STOPS:
             signal.signal(number, self._take)
@@ -185,6 +186,7 @@ class _Ranks:
         if self.stopped_by is not None:
             return 0
         try:
+            self._is_srun = os.path.basename(command[0]) == "srun"
             self._process = subprocess.Popen(command, env=environment)
         except OSError as error:
             print_error(f"cannot start the ranks with {command[0]!r}: {error.strerror}")
@@ -202,10 +204,10 @@ class _Ranks:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = self.stopped_by or signal.Signals(number).name
         if self._process is not None:
-            # srun takes SIGINT for itself; SIGHUP means that whoever watched is gone.
-            told = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
+            # srun passes on SIGUSR2. At a SIGTERM it kills its tasks at once, SIGINT it takes for
+            # itself; a torchrun without this toolkit's agent knows SIGTERM only.
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(told)
+                self._process.send_signal(signal.SIGUSR2 if self._is_srun else signal.SIGTERM)
 
 
 def _for_srun(env: Mapping[str, str]) -> dict[str, str]:

@@ -76,7 +76,7 @@ def _cancel(job_id: str, *, now: bool) -> list[str]:
             said.append(f"job {name}: cancelled")
         elif job.is_running:
             scontrol.forbid_requeue(name)
-            scontrol.send(name, "TERM")
+            scontrol.ask_to_stop(name)
             said.append(f"job {name}: its ranks save and end, and SLURM does not requeue it")
         else:
             said.append(f"job {name}: it is ending already ({job.state})")

@@ -173,9 +173,13 @@ def allow_requeue(job_id: str) -> None:
     _do("scontrol", "update", f"JobId={job_id}", "Requeue=1")
 
 
-def send(job_id: str, signal_name: str) -> None:
-    """Send a signal to every process of a job's steps, not to its script. Raises SlurmError."""
-    _do("scancel", f"--signal={signal_name}", job_id)
+def ask_to_stop(job_id: str) -> None:
+    """Ask a job's ranks to save and end: by SIGUSR2 to its script and what that has started.
+
+    srun passes it on to the ranks, and `batch` knows of it before there are any. At a SIGTERM
+    srun would kill its tasks at once. Raises SlurmError.
+    """
+    _do("scancel", "--full", "--signal=USR2", job_id)
 
 
 def cancel(job_id: str) -> None:

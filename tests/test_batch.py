@@ -147,6 +147,31 @@ def test_ranks_that_are_killed_are_started_again(tmp_path: Path) -> None:
     assert steps == list(range(1, 21)), "no step is missing or repeated"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize(("name", "told"), [("srun", "USR2"), ("torchrun", "TERM")])
+def test_a_stop_is_passed_on_as_what_the_launcher_understands(
+    name: str, told: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """srun kills its tasks at a SIGTERM; that they can save takes another signal."""
+    launcher, marks = tmp_path / name, tmp_path / "marks"
+    launcher.write_text(
+        "#!/bin/bash\n"
+        f'for name in TERM INT HUP USR1 USR2; do trap "echo $name >> {marks}; exit 1" $name; done\n'
+        f"echo ready >> {marks}\nwhile :; do sleep 0.1; done\n"
+    )
+    launcher.chmod(0o755)
+    process = batch([str(launcher)], tmp_path / "run")
+    end = time.monotonic() + 60
+    while not marks.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert marks.read_text().split() == ["ready", told], output
+    assert process.returncode == 1
+    assert "started again" not in output
+
+
 def _parent_of(entry: Path) -> int:
     try:
         return int((entry / "stat").read_text().rpartition(")")[2].split()[1])

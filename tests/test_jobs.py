@@ -333,7 +333,7 @@ def test_a_running_job_saves_before_it_ends(
 ) -> None:
     slurm.job("77", "RUNNING")
     assert cancel.main(["77"]) == 0
-    assert asked(slurm) == ["scontrol update JobId=77 Requeue=0", "scancel --signal=TERM 77"]
+    assert asked(slurm) == ["scontrol update JobId=77 Requeue=0", "scancel --full --signal=USR2 77"]
     said = "job 77: its ranks save and end, and SLURM does not requeue it\n"
     assert capsys.readouterr().out == said
     assert cancel.main(["77", "--now"]) == 0
@@ -363,7 +363,7 @@ def test_an_array_is_cancelled_element_by_element(
     assert asked(slurm) == [
         "scancel 77_[3-5]",
         "scontrol update JobId=77_1 Requeue=0",
-        "scancel --signal=TERM 77_1",
+        "scancel --full --signal=USR2 77_1",
     ]
     assert "job 77_2: it is ending already (COMPLETING)\n" in capsys.readouterr().out
 
@@ -378,7 +378,7 @@ def test_what_would_go_on_after_a_job_is_cancelled_first(
     for job_id in ("78", "79", "80"):
         slurm.job(job_id, "PENDING")
     wanted = ["scancel 79", "scancel 78", "scontrol update JobId=77 Requeue=0"]
-    wanted.append("scancel --signal=TERM 77")
+    wanted.append("scancel --full --signal=USR2 77")
     for name in ("77", "runs/a"):
         (slurm.folder / "calls").write_text("")
         assert cancel.main([name]) == 0

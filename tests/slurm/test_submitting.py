@@ -12,7 +12,7 @@ from tests.faults import train_with
 from tests.ranks import run_ranks
 from tests.settings import SMALL, small
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import PACED, Submitted
+from tests.slurm.jobs import PACED, STEPS, Submitted
 from tests.slurm.test_training import RESNET
 
 pytestmark = pytest.mark.slurm
@@ -65,7 +65,7 @@ def test_a_submitted_job_is_requeued_at_its_word(user: User, tmp_path: Path) -> 
     user.cluster.run("scancel", "--signal=USR2", job.job_id)
     assert job.wait_for_end().state == "COMPLETED", job.text()
     assert job.summary()["weights_sha256"] == local["weights_sha256"]
-    assert job.steps() == list(range(1, 41))
+    assert job.steps() == list(range(1, STEPS + 1))
     [state] = user.states(job.job_id)
     assert state["restarts"] == 1
 
@@ -79,8 +79,18 @@ def test_a_cancelled_job_saves_and_can_be_requeued(user: User) -> None:
     assert (job.run_dir / "checkpoints" / f"step_{job.status()['step']:08d}").is_dir()
     told = user.types("requeue", job.job_id)
     job.wait_until(lambda: job.status()["state"] == "finished", told, 120)
-    assert job.steps() == list(range(1, 41))
+    assert job.steps() == list(range(1, STEPS + 1))
     job.wait_for_end()
+
+
+def test_a_job_that_is_cancelled_before_its_ranks_are_there(user: User) -> None:
+    job = user.submits(*PACED)
+    job.wait_until(lambda: job.job().is_running, "its start")
+    told = user.types("cancel", job.job_id)
+    assert "SLURM does not requeue it" in told, told
+    ended = job.wait_for_end()
+    assert ended.restarts == 0
+    assert job.steps() == [], job.text()
 
 
 def test_a_sweep_of_four_two_at_a_time_of_which_one_fails(user: User) -> None:
@@ -108,3 +118,39 @@ def test_a_sweep_of_four_two_at_a_time_of_which_one_fails(user: User) -> None:
     assert table.count("finished") == 3
     assert [line[0] for line in table.splitlines()[1:5]] == ["*", " ", " ", " "]
     assert by_rate["1e30"]["reason"] in user.types("jobs", job.job_id)
+
+
+def test_an_element_of_an_array_is_requeued_by_its_own_number(user: User) -> None:
+    job = user.submits(*PACED, "seed=1,2")
+    runs = {state["job_id"]: Path(state["run_dir"]) for state in user.states(job.job_id)}
+    elements = [
+        Submitted(
+            cluster=user.cluster,
+            job_id=f"{job.job_id}_{n}",
+            run_dir=runs[f"{job.job_id}_{n}"],
+            output=job.output.with_name(f"{job.job_id}_{n}.out"),
+        )
+        for n in range(2)
+    ]
+    elements[1].wait_for_step(8)
+    user.cluster.run("scancel", "--signal=USR2", elements[1].job_id)
+    for element in elements:
+        element.wait_until(lambda e=element: e.status().get("state") == "finished", "its end", 120)
+        assert element.steps() == list(range(1, STEPS + 1))
+    restarts = {state["job_id"]: state["restarts"] for state in user.states(job.job_id)}
+    assert restarts == {f"{job.job_id}_0": 0, f"{job.job_id}_1": 1}
+
+
+def test_a_chain_goes_on_where_requeueing_is_forbidden(user: User, tmp_path: Path) -> None:
+    config = small(tmp_path / "local", *PACED, "model.args.sec=0.0")
+    local = run_ranks(train_with, 1, config, None)[0]
+    job = user.submits("--chain", "2", *PACED)
+    job.wait_for_step(8)
+    user.cluster.run("scontrol", "update", f"JobId={job.job_id}", "Requeue=0")
+    user.cluster.run("scancel", "--signal=USR2", job.job_id)
+    assert job.wait_for_end().state == "COMPLETED", job.text()
+    assert "not requeued, as the job forbids it" in job.text()
+    job.wait_until(lambda: job.status()["state"] == "finished", "the end of the next job", 120)
+    assert job.summary()["weights_sha256"] == local["weights_sha256"]
+    assert job.steps() == list(range(1, STEPS + 1))
+    assert (job.status()["chain"], job.status()["attempt"]) == (f"slurm-{job.job_id}", 1)
