@@ -127,7 +127,7 @@ def _join(store: Store, layout: Layout, start_sec: float) -> int:
         return number
     if number > 0 and stop_reason() is None:
         raise _not_ours(store, layout, "has all its ranks already")
-    _end_without_first(PrefixStore(f"round_{number + 1}", store), layout.world_size, start_sec)
+    _end_without_first(store, layout, start_sec)
 
 
 def _check_owner(store: Store, layout: Layout, config: Config) -> None:
@@ -143,8 +143,7 @@ def _check_owner(store: Store, layout: Layout, config: Config) -> None:
     if layout.rank == 0:
         store.compare_set(OWNER, "", json.dumps(dataclasses.asdict(mine)))
     elif not _wait(store, OWNER, config.parallel.start_timeout_sec + VERDICT_GRACE_SEC):
-        first = PrefixStore("round_1", store)
-        _end_without_first(first, layout.world_size, config.parallel.start_timeout_sec)
+        _end_without_first(store, layout, config.parallel.start_timeout_sec)
     if mine.is_foreign_to(_owner(store)):
         raise _not_ours(store, layout, "is another run")
 
@@ -163,13 +162,15 @@ def _not_ours(store: Store, layout: Layout, what: str) -> ConfigError:
     )
 
 
-def _end_without_first(store: Store, world_size: int, start_sec: float) -> NoReturn:
+def _end_without_first(store: Store, layout: Layout, start_sec: float) -> NoReturn:
     """Raise what a rank is to say that rank 0 left alone."""
     reason = stop_reason()
     if reason is None:
-        raise _first_is_missing(world_size, start_sec)
-    with contextlib.suppress(DistNetworkError):
-        _decide(store, f"{STOPPED}{reason}")  # late ranks will read it, and end too
+        raise _first_is_missing(layout.world_size, start_sec)
+    if not layout.store_is_served:  # else it outlives us: the next round is that of a restart
+        with contextlib.suppress(DistNetworkError):
+            # Late ranks will read it, and end too.
+            _decide(PrefixStore("round_1", store), f"{STOPPED}{reason}")
     raise _stopped(reason)
 
 

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dist_train import rendezvous
 from dist_train.config import ConfigError
 from dist_train.layout import Layout, detect_layout
-from dist_train.rendezvous import Launch, meet
+from dist_train.rendezvous import Launch, StoppedBeforeStartError, meet
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import small
 
@@ -149,6 +149,23 @@ def test_a_rank_leaves_the_round_of_ranks_that_died(tmp_path: Path, port: int) -
 
     both(rank_0, lambda: attempt_of(ranks[1], config, numbers))
     assert numbers == [1, 1]
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_ranks_that_were_stopped_leave_the_next_round_alone(
+    earlier: int, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, numbers = small(tmp_path, "parallel.start_timeout_sec=5"), []
+    ranks = [layout_of(r, port) for r in range(2)]
+    for _ in range(earlier):
+        assert both(*(lambda r=r: come(r, config) for r in ranks)) == [None, None]
+    with monkeypatch.context() as patch:  # rank 0 was killed as it came, and torchrun stops rank 1
+        patch.setattr(rendezvous, "stop_reason", lambda: "SIGTERM")
+        patch.setattr(rendezvous, "STOPPED_WAIT_SEC", 0.1)
+        with pytest.raises(StoppedBeforeStartError):
+            meet(ranks[1], config, "cpu")
+    assert both(*(lambda r=r: attempt_of(r, config, numbers) for r in ranks)) == [None, None]
+    assert numbers == [earlier, earlier]
 
 
 def test_another_number_of_nodes_in_a_running_launch_is_refused(tmp_path: Path, port: int) -> None:
