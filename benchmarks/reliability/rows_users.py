@@ -15,7 +15,7 @@ from benchmarks.reliability.row import Row, Trial, check
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 RSS_SLOPE_MIB_PER_MIN = 1.0  # of the whole tree, after the first quarter
-QUIET = {"saved"}  # the events of a run that nothing happens to
+QUIET = {"started", "saved"}  # the events of a run that nothing happens to
 
 
 def u1(trial: Trial) -> float | None:
