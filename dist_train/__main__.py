@@ -36,8 +36,8 @@ def _main() -> int:
     # Only now: torch takes a second to import, and a wrong key should not wait for it.
     from dist_train.distributed import RankFailedError
     from dist_train.dry_run import describe
+    from dist_train.launch_store import StoppedBeforeStartError
     from dist_train.recovery import StepFailedError
-    from dist_train.rendezvous import StoppedBeforeStartError
     from dist_train.train import train
 
     try:

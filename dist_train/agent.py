@@ -100,7 +100,7 @@ class _Report(logging.Handler):
         if memory.chain == self._chain:  # of several nodes each counts only its own restarts
             self._attempt = max(self._attempt, memory.attempt)
         why = self._why(code, local_rank)
-        began = chain.read(self._folder).attempt >= self._attempt and bool(mine)
+        began = memory.attempt >= self._attempt and bool(mine)
         self._silent = 0 if began else self._silent + 1
         if self._silent >= chain.ENDINGS_WITHOUT_PROGRESS:
             print_error(chain.endless(self._silent, mine.get("step", 0), why))

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dist_train import rendezvous
+from dist_train import launch_store, rendezvous
 from dist_train.config import ConfigError
+from dist_train.launch_store import Launch, StoppedBeforeStartError, check_owner
 from dist_train.layout import Layout, detect_layout
-from dist_train.rendezvous import Launch, StoppedBeforeStartError, meet
+from dist_train.rendezvous import meet
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import small
 
@@ -140,7 +141,7 @@ def test_a_rank_leaves_the_round_of_ranks_that_died(tmp_path: Path, port: int) -
     dead = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
     ranks = [layout_of(r, port) for r in range(2)]
     before = PrefixStore("dist_train", dead)  # of a rank 0 that is killed right after this
-    rendezvous._check_owner(before, ranks[0], config)
+    assert check_owner(before, ranks[0], config, 0.0)
     rendezvous._open_round(before, ranks[0])
 
     def rank_0() -> str | None:
@@ -160,8 +161,9 @@ def test_ranks_that_were_stopped_leave_the_next_round_alone(
     for _ in range(earlier):
         assert both(*(lambda r=r: come(r, config) for r in ranks)) == [None, None]
     with monkeypatch.context() as patch:  # rank 0 was killed as it came, and torchrun stops rank 1
-        patch.setattr(rendezvous, "stop_reason", lambda: "SIGTERM")
-        patch.setattr(rendezvous, "STOPPED_WAIT_SEC", 0.1)
+        for module in (rendezvous, launch_store):
+            patch.setattr(module, "stop_reason", lambda: "SIGTERM")
+        patch.setattr(launch_store, "STOPPED_WAIT_SEC", 0.1)
         with pytest.raises(StoppedBeforeStartError):
             meet(ranks[1], config, "cpu")
     assert both(*(lambda r=r: attempt_of(r, config, numbers) for r in ranks)) == [None, None]
