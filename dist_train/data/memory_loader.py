@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataConfig
+from dist_train.data.augment import (
+    Normaliser,
+    augmented_on_device,
+    augmented_on_host,
+    draw_cuts,
+    packed_cuts,
+)
 from dist_train.data.batch import Batch, copied_to, mix, plan_mixing
 from dist_train.data.pictures import Pictures
 from dist_train.order import GlobalOrderSampler, sample_uniform, seed_of
@@ -46,11 +53,10 @@ class MemoryLoader:
         height, width, channels = train.images.shape[1:]
         if len(mean) not in (1, channels):
             raise ValueError(f"data.mean has {len(mean)} values for {channels} channels")
-        # One fused multiply-add a picture: (x / 255 - mean) / std.
-        shape = (height, width, channels)
-        std_t, mean_t = torch.tensor(std, device=device), torch.tensor(mean, device=device)
-        self._scale = (1 / (255 * std_t)).expand(shape).contiguous()
-        self._shift = (-mean_t / std_t).expand(shape).contiguous()
+        self._normalise = Normaliser(mean, std, (height, width, channels), device)
+        # What moves whole rows on the CPU mirrors once; further out one index a pixel does it.
+        self._on_host = device.type == "cpu" and config.crop_padding < min(height, width)
+        self._pictures = train.images
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,33 +98,22 @@ class MemoryLoader:
         size = self._config.eval_batch_size
         for number in range(rank, self.num_eval_batches(split), world_size):
             rows = copied_to(self._device, indices[number * size : (number + 1) * size])
-            yield number, Batch(images=self._normalised(images[rows]), labels=labels[rows])
+            yield number, Batch(images=self._normalise(images[rows]), labels=labels[rows])
 
     def _augmented(self, indices: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
         """Crop, flip and cut out each picture by its own random numbers, then normalise."""
         config, device = self._config, self._device
         height, width = self._images.shape[1:3]
-        draw = copied_to(device, sample_uniform(key, indices, 5).astype(np.float32))
-        rows_of = copied_to(device, indices)
-        y = torch.arange(height, device=device).expand(len(indices), height)
-        x = torch.arange(width, device=device).expand(len(indices), width)
-        if config.flip:
-            x = torch.where(draw[:, 2:3] < 0.5, x.flip(1), x)
-        if config.crop_padding:
-            choices = 2 * config.crop_padding + 1
-            y = _reflect(y + (draw[:, 0:1] * choices).long() - config.crop_padding, height)
-            x = _reflect(x + (draw[:, 1:2] * choices).long() - config.crop_padding, width)
-        pixels = self._images[rows_of[:, None, None], y[:, :, None], x[:, None, :]]
-        images = self._normalised(pixels)
-        if config.cutout:
-            inside = _square(draw[:, 3], height, config.cutout)[:, :, None]
-            inside = inside & _square(draw[:, 4], width, config.cutout)[:, None, :]
-            images.masked_fill_(inside[:, None], 0.0)
-        return images, self._labels[rows_of]
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """(n, h, w, c) uint8 -> (n, c, h, w) float32, channels last in memory."""
-        return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
+        cuts = draw_cuts(config, sample_uniform(key, indices, 5), height, width)
+        rows = copied_to(device, indices)
+        if self._on_host:
+            images = augmented_on_host(
+                self._pictures, indices, cuts, config.cutout, self._normalise
+            )
+        else:
+            packed = copied_to(device, packed_cuts(cuts, len(indices)))
+            images = augmented_on_device(self._images, rows, packed, config, self._normalise)
+        return images, self._labels[rows]
 
 
 def _resident(array: np.ndarray, device: torch.device) -> Tensor:
@@ -128,22 +123,6 @@ def _resident(array: np.ndarray, device: torch.device) -> Tensor:
             warnings.simplefilter("ignore", UserWarning)  # read-only memory: nobody writes to it
             return torch.from_numpy(array)
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Mirror indices beyond the edges without repeating the edge pixel."""
-    if size == 1:
-        return torch.zeros_like(index)
-    period = 2 * (size - 1)
-    index = index.remainder(period)
-    return torch.where(index >= size, period - index, index)
-
-
-def _square(draw: Tensor, size: int, side: int) -> Tensor:
-    """Return (n, size) bool: `side` pixels around a random centre, cut at the edges."""
-    first = (draw * size).long()[:, None] - side // 2
-    pixel = torch.arange(size, device=draw.device)[None]
-    return (pixel >= first) & (pixel < first + side)
 
 
 def _statistics(images: np.ndarray, indices: np.ndarray) -> tuple[list[float], list[float]]:
