@@ -58,9 +58,20 @@ class Gradients(Protocol):
     def give_up(self) -> None:
         """Forget a failed attempt; all ranks call it, or none."""
 
+    def norm(self) -> Tensor:
+        """Return the global norm of the sum, 0-d, on the device."""
+        ...
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the sum by `factor`, 0-d."""
+
 
 class FlatGradients:
-    """One contiguous buffer a dtype, of which every `param.grad` is a view; one all-reduce each."""
+    """One contiguous buffer a dtype, one all-reduce each.
+
+    The backward makes gradients of its own, which costs nothing; they are gathered in the buffer
+    by one kernel, and after the sum every `param.grad` is a view of it.
+    """
 
     loss_factor = 1.0
     all_sent = False
@@ -71,19 +82,20 @@ class FlatGradients:
         self._ranks = ranks
 
     def begin(self) -> None:
-        for buffer in self.buffers:
-            buffer.zero_()
-        self._attach_views()
+        for param in self.params:
+            param.grad = None
 
     def piece(self, *, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def reduce(self, *, poison: bool) -> None:
-        self.collect()
         if poison:
             self.poison()
+        else:
+            self.collect()
         for buffer in self.buffers:
             self._ranks.all_reduce(buffer)
+        self.attach()
 
     def poison(self) -> None:
         """Make this rank's contribution one that no peer can take for a gradient."""
@@ -93,14 +105,29 @@ class FlatGradients:
     def give_up(self) -> None:
         return
 
-    def collect(self) -> None:
-        """Put back into the buffer what a model's own code may have replaced."""
-        for param, view in zip(self.params, self.views, strict=True):
-            if param.grad is not view:
-                view.copy_(param.grad) if param.grad is not None else view.zero_()
-                param.grad = view
+    def norm(self) -> Tensor:
+        norms = [_norm(buffer) for buffer in self.buffers]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
-    def _attach_views(self) -> None:
+    def scale(self, factor: Tensor) -> None:
+        for buffer in self.buffers:
+            buffer.mul_(factor)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Copy into the buffer what the backward left, zeros where it left nothing."""
+        views, grads = [], []
+        for param, view in zip(self.params, self.views, strict=True):
+            if param.grad is None:
+                view.zero_()
+            else:
+                views.append(view)
+                grads.append(param.grad)
+        if grads:
+            torch._foreach_copy_(views, grads)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+
+    def attach(self) -> None:
+        """Make the buffer's parts the parameters' gradients."""
         for param, view in zip(self.params, self.views, strict=True):
             param.grad = view
 
@@ -160,9 +187,16 @@ class TreeGradients:
             distance *= 2
         for view, statistic in zip(self._stat_views, self._statistics, strict=True):
             statistic.copy_(view / self._num_shards)
+        self._flat.attach()
 
     def give_up(self) -> None:
         self._clear()
+
+    def norm(self) -> Tensor:
+        return self._flat.norm()
+
+    def scale(self, factor: Tensor) -> None:
+        self._flat.scale(factor)
 
     def _add_leaf(self) -> None:
         """Add the shard at hand to the tree, joining subtrees of equal height."""
@@ -187,6 +221,12 @@ class TreeGradients:
     def _clear(self) -> None:
         self._spare += [total for _, total in self._tree]
         self._tree.clear()
+
+
+def _norm(buffer: Tensor) -> Tensor:
+    """Return the norm, 0-d; of half precision in float32, where the squares find room."""
+    half = buffer.dtype in (torch.float16, torch.bfloat16)
+    return torch.linalg.vector_norm(buffer, dtype=torch.float32 if half else None)
 
 
 def flat_views(tensors: list[Tensor] | list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Sums of a run's numbers: kept on the device, reduced over the ranks once an interval.
+"""A run's numbers: kept on the device as they come, added up over the ranks once an interval.
 
 The stop flags of all ranks, rank 0's next interval and its wish to save ride in the same packed
 reduction.
@@ -22,6 +22,9 @@ WATCHED_FROM = 5
 AGREE_EVERY_SEC = 0.5  # how long a stop request may wait for the next reduction
 
 
+Outcome = tuple[Tensor, Tensor]  # of a piece: summed loss, 0-d; right or not, (n,) bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
     """Sums over all ranks since the last line of metrics."""
@@ -37,8 +40,8 @@ class Meter:
     def __init__(self, ranks: Ranks, plan: Plan) -> None:
         self._ranks = ranks
         self._plan = plan
-        # loss, correct, samples; float64 so that sums do not depend on how they are grouped
-        self._sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        self._losses: list[Tensor] = []  # of every piece since the last meeting
+        self._hits: list[Tensor] = []
         self.totals = Totals()
         self._interval = 1
         self.save_agreed = False  # at the last meeting
@@ -47,18 +50,23 @@ class Meter:
 
     def start(self, step: int) -> None:
         """Set the clocks going at `step`."""
-        self._last_meeting = self._line_start = step
+        self._line_start = step
         self._clock, self._line_clock = _Clock(), _Clock()
+        self._met_at(step)
 
-    def add(self, sums: Tensor) -> None:
-        """Add one step's sums, (3,) float64 on the device: loss, correct, samples."""
-        self._sums += sums
+    def add(self, outcomes: list[Outcome]) -> None:
+        """Take what the pieces of one step came to; nothing is computed before the meeting."""
+        for loss, hits in outcomes:
+            self._losses.append(loss)
+            self._hits.append(hits)
 
     def meeting_due(self, step: int) -> bool:
         """Say whether the ranks meet after `step` steps: the same answer on all of them."""
-        return step >= min(
-            self._last_meeting + self._interval, self._plan.next_event(self._last_meeting)
-        )
+        return step >= self._next_meeting
+
+    def _met_at(self, step: int) -> None:
+        self._last_meeting = step
+        self._next_meeting = min(step + self._interval, self._plan.next_event(step))
 
     def meet(self, progress: Progress, *, stopping: bool, save_wanted: bool = False) -> bool:
         """Add up the sums of all ranks; returns whether any wants to stop. Collective, waits.
@@ -74,14 +82,19 @@ class Meter:
         per_step = max(1e-9, sec / max(1, step - self._last_meeting))
         wish = max(1, min(self._plan.log_every, int(AGREE_EVERY_SEC / per_step)))
         first = self._ranks.rank == 0
-        flags = torch.tensor(
-            [float(stopping), float(wish if first else 0), float(save_wanted and first)],
+        known = torch.tensor(
+            [
+                float(sum(len(hits) for hits in self._hits)),
+                float(stopping),
+                float(wish if first else 0),
+                float(save_wanted and first),
+            ],
             dtype=torch.float64,
             pin_memory=self._ranks.device.type == "cuda",
         )
-        packed = torch.cat([self._sums, flags.to(self._ranks.device, non_blocking=True)])
+        packed = torch.cat([self._sums(), known.to(self._ranks.device, non_blocking=True)])
         loss, correct, samples, stops, interval, saves = self._ranks.read_sum(packed)
-        self._sums.zero_()
+        self._forget()
         self.totals = Totals(
             loss=self.totals.loss + loss,
             correct=self.totals.correct + correct,
@@ -89,9 +102,23 @@ class Meter:
         )
         self._interval = int(interval)
         self.save_agreed = saves > 0
-        self._last_meeting = step
+        self._met_at(step)
         self._clock = _Clock()
         return stops > 0
+
+    def _sums(self) -> Tensor:
+        """Return (2,) float64 on the device: this rank's summed loss and hits.
+
+        Of float32 values a float64 sum has the same bits however they are grouped.
+        """
+        if not self._losses:
+            return torch.zeros(2, dtype=torch.float64, device=self._ranks.device)
+        sums = [torch.stack(self._losses).double().sum(), torch.cat(self._hits).sum().double()]
+        return torch.stack(sums)
+
+    def _forget(self) -> None:
+        self._losses.clear()
+        self._hits.clear()
 
     def line(self, progress: Progress) -> dict[str, float]:
         """Return the metrics since the last line and begin anew; call it after `meet`."""
@@ -127,7 +154,7 @@ class Meter:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take up the sums of the steps before a resume; forget those of steps taken back."""
         self.totals = Totals(**state)
-        self._sums.zero_()
+        self._forget()
 
 
 class LossWatch:

@@ -83,6 +83,17 @@ class BucketGradients:
         self._ddp._has_rebuilt_buckets = False
         self._ddp.require_backward_grad_sync = True
 
+    def norm(self) -> Tensor:
+        return nn.utils.get_total_norm(self._grads())
+
+    def scale(self, factor: Tensor) -> None:
+        grads = self._grads()
+        if grads:  # a rank that failed before its backward has none
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._params if p.grad is not None]
+
     def _hook(
         self,
         _state: object,

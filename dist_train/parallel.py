@@ -5,6 +5,7 @@ With gradients.py and overlap.py the only files that know the wrappers and torch
 
 import inspect
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +35,7 @@ class Replica:
         wrapped = ranks.control is not None
         self.ddp = _wrap(module, config.parallel, overlap=overlap) if wrapped else None
         self.recoverable = not config.parallel.sync_batchnorm  # its forward is collective
+        self._loss_weight: tuple[int, Tensor] | None = None
         self.form = "flat"
         if config.train.order == "fixed":
             self.form = "fixed"
@@ -55,6 +57,16 @@ class Replica:
             return self.ddp(images)
         return self.module(images)
 
+    def loss_weight(self, global_size: int) -> Tensor:
+        """Return what a summed loss counts for each of `global_size` samples: 0-d float32.
+
+        The backward of the loss starts from it, which saves a multiplication forth and back.
+        """
+        if self._loss_weight is None or self._loss_weight[0] != global_size:
+            weight = self.gradients.loss_factor / global_size
+            self._loss_weight = (global_size, torch.full((), weight, device=self.ranks.device))
+        return self._loss_weight[1]
+
     def reduce(self, *, poison: bool = False) -> None:
         """Finish the gradients' sum over the ranks; `poison` makes it NaN for all. Collective."""
         self.gradients.reduce(poison=poison)
@@ -64,9 +76,9 @@ class Replica:
 
         The gradients are those of the global batch, so every rank finds the same norm.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
+        norm = self.gradients.norm()
+        if max_norm is not None:  # a norm at the limit does not divide by zero
+            self.gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def close(self) -> None:

@@ -1,5 +1,9 @@
 """From the configuration to the first step: the parts, the micro-batch that fits, a trial run."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,7 +14,7 @@ from dist_train.data.loaders import Data
 from dist_train.drift import DriftCheck
 from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
 from dist_train.nonfinite import NonFiniteGuard
-from dist_train.optim import Ema, build_optimizer
+from dist_train.optim import Ema, build_optimizer, lean_step
 from dist_train.order import micro_batches, shards
 from dist_train.parallel import Replica
 from dist_train.plan import Plan
@@ -49,6 +53,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         plan=plan,
         replica=replica,
         optimizer=optimizer,
+        take_step=optimizer.step if config.profile.steps else lean_step(optimizer),
         scaler=scaler,
         ema=ema,
         guard=guard,
@@ -126,6 +131,20 @@ def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
             repeat = parts.recovery.trial(failure, step)
     replica.gradients.begin()
     replica.buffers.restore()
+
+
+@contextlib.contextmanager
+def start_left_out_of_collections() -> Iterator[None]:
+    """Let Python's garbage collector leave alone what lives already: modules, settings, parts.
+
+    Going through it again and again costs 70 to 90 microseconds a step.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _forward_backward(parts: Parts, data: Data) -> None:

@@ -1,5 +1,6 @@
 """All that survives a stop: what a checkpoint holds, and how a run takes it up again."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Parts:
     plan: Plan
     replica: Replica
     optimizer: torch.optim.Optimizer
+    take_step: Callable[[], None]  # the optimizer's, where no GradScaler takes it
     scaler: torch.amp.GradScaler | None
     ema: Ema | None
     guard: NonFiniteGuard

@@ -17,7 +17,7 @@ from dist_train.data.loaders import Data, open_data
 from dist_train.distributed import shorten_timeouts, start_ranks
 from dist_train.endings import end_finished, end_preempted
 from dist_train.evaluation import evaluate_weights
-from dist_train.metrics import Meter
+from dist_train.metrics import Meter, Outcome
 from dist_train.optim import learning_rate_in_force, set_learning_rate
 from dist_train.order import GlobalOrderSampler, micro_batches, seed_of, shards
 from dist_train.plan import make_plan
@@ -27,7 +27,12 @@ from dist_train.progress import Progress
 from dist_train.recovery import RollBack
 from dist_train.rollback import roll_back
 from dist_train.run import Run
-from dist_train.start import build_parts, find_micro_batch_size, throw_away_step
+from dist_train.start import (
+    build_parts,
+    find_micro_batch_size,
+    start_left_out_of_collections,
+    throw_away_step,
+)
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
 from dist_train.watchdog import watch
@@ -67,6 +72,7 @@ def train(config: Config) -> dict[str, Any]:
         run.open_writer(stack)
         run.stop_before_job_ends(stop, meter)
         run.open_trackers(stack, progress, plan)
+        stack.enter_context(start_left_out_of_collections())
 
         stack.callback(pulse.end)  # the first thing that happens when this block is left
         while True:
@@ -108,10 +114,10 @@ def _train_on(
     feed = Feed(data.loader, sampler, last_step)
     meter.start(progress.step)
     for step in traced(range(progress.step, last_step), config.profile, run.path, ranks):
-        sums = train_step(parts, feed, step=step, generation=progress.generation)
+        outcomes = train_step(parts, feed, step=step, generation=progress.generation)
         progress.samples_seen += feed.take(step).global_size
         progress.step = step + 1
-        meter.add(sums)
+        meter.add(outcomes)
         _settle(parts, feed, progress, run)
         if parts.drift.due(progress.step):
             parts.drift.check(progress.step)
@@ -142,14 +148,14 @@ def _train_on(
     return False
 
 
-def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> Tensor:
+def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> list[Outcome]:
     """Take one optimizer step on this rank's part of a global batch. Collective.
 
     A rank on which anything fails makes the gradients' sum NaN. Then no rank's norm is finite, and
     all of them drop the attempt and repeat it, skip it or fail, together.
 
     Returns:
-        (3,) float64 on the device: this rank's summed loss, correct and samples.
+        What each piece of this rank's part came to, on the device.
 
     Raises:
         StepFailedError, ConfigError: on all ranks, with the cause of the first that failed.
@@ -158,15 +164,15 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> T
     scaler, recovery, pulse = parts.scaler, parts.recovery, replica.ranks.pulse
     set_learning_rate(optimizer, learning_rate_in_force(step, generation, config, parts.plan))
     replica.buffers.remember()
-    sums = torch.zeros(3, dtype=torch.float64, device=replica.ranks.device)
+    outcomes: list[Outcome] = []
     verdict = "retry"
     while verdict == "retry":
-        sums.zero_()
+        outcomes.clear()
         failure = None
         pulse.at("data", step)
         replica.gradients.begin()
         try:
-            _accumulate(parts, feed.take(step), sums, step=step, generation=generation)
+            _accumulate(parts, feed.take(step), outcomes, step=step, generation=generation)
         except Exception as error:
             failure = recovery.contain(error)
         pulse.at("all-reduce", step)  # on a GPU until the norm is read: only then is it done
@@ -180,28 +186,32 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> T
     pulse.at("optimizer", step)
     if verdict == "apply":
         if scaler is None:
-            optimizer.step()
+            parts.take_step()
         else:
             scaler.step(optimizer)
         if parts.ema is not None:
             parts.ema.update(step, keep=parts.guard.skip_flag)
     parts.guard.after_step()
-    return sums
+    return outcomes
 
 
-def _accumulate(parts: Parts, batch: Batch, sums: Tensor, *, step: int, generation: int) -> None:
-    """Forward and backward of every piece of a batch; adds to the gradients and to `sums`."""
+def _accumulate(
+    parts: Parts, batch: Batch, outcomes: list[Outcome], *, step: int, generation: int
+) -> None:
+    """Forward and backward of every piece of a batch; adds to the gradients and to `outcomes`."""
     replica, pulse = parts.replica, parts.replica.ranks.pulse
+    weight = replica.loss_weight(batch.global_size)
+    if parts.scaler is not None:
+        weight = parts.scaler.scale(weight)
     for first, last in _pieces(parts, batch):
         part = batch.part(first, last)
         with replica.gradients.piece(last=last == len(batch)):
             pulse.at("forward", step)
             logits = _forward(parts, part, step=step, generation=generation)
             loss = task.loss_sum(logits, part, label_smoothing=parts.config.optim.label_smoothing)
-            sums += task.train_sums(loss, logits, part)
-            scaled = loss * (replica.gradients.loss_factor / batch.global_size)
+            outcomes.append(task.outcome(loss, logits, part))
             pulse.at("backward", step)
-            (scaled if parts.scaler is None else parts.scaler.scale(scaled)).backward()
+            loss.backward(weight)
 
 
 def _pieces(parts: Parts, batch: Batch) -> list[tuple[int, int]]:

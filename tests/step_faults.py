@@ -147,10 +147,10 @@ def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
             return begin
 
         def summing(real: Any) -> Any:
-            def train_sums(*args: Any) -> Any:
+            def outcome(*args: Any) -> Any:
                 return fire("before the backward", real(*args))
 
-            return train_sums
+            return outcome
 
         def accumulating(real: Any) -> Any:
             def accumulate(*args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
 
         wrap(loop, "train_step", stepping)
         wrap(loop, "build_parts", building)
-        wrap(loop.task, "train_sums", summing)
+        wrap(loop.task, "outcome", summing)
         wrap(loop, "_accumulate", accumulating)
         wrap(MemoryLoader, "_augmented", loading)
         wrap(overlap.BucketGradients, "_hook", hooking)

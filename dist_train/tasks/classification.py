@@ -27,11 +27,9 @@ def loss_sum(logits_nk: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -
     return (batch.own_weight * own + (1 - batch.own_weight) * other).sum()
 
 
-def train_sums(loss: Tensor, logits_nk: Tensor, batch: Batch) -> Tensor:
-    """Return (3,) float64 on the device: summed loss, correct, samples. Does not wait."""
-    correct = (logits_nk.detach().argmax(1) == batch.labels).sum()
-    count = torch.full_like(correct, len(batch))
-    return torch.stack([loss.detach().double(), correct.double(), count.double()])
+def outcome(loss: Tensor, logits_nk: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (summed loss, 0-d; which predictions are right, (n,) bool). Does not wait."""
+    return loss.detach(), logits_nk.argmax(1) == batch.labels
 
 
 def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
