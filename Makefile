@@ -18,7 +18,8 @@ STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
-.PHONY: help train test test-exhaustive test-slurm check check-static reliability gpu-check clean
+.PHONY: help train test test-exhaustive test-slurm check check-static reliability bench-peers \
+  gpu-check clean
 
 help: ## show the targets
 	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -49,12 +50,21 @@ check-static: $(STAMP) ## format, lint and types
 reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8" N=100 (N=small: a few minutes)
 	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
 
+bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in other frameworks: an idle machine, 45 minutes
+	$(BIN)/python -m benchmarks.peers run $(ARGS)
+	$(BIN)/python -m benchmarks.peers table --write
+
 gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean: ## delete the environment, caches and build products; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-peers/.installed: $(STAMP) benchmarks/peers/requirements.txt
+	$(BIN)/python -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --editable . -r benchmarks/peers/requirements.txt
+	@touch $@
 
 $(STAMP): pyproject.toml
 	@if ! $(BIN)/python -c '$(RECENT)' 2>/dev/null; then \

@@ -1,0 +1,1 @@
+"""The same job in hand-written loops, in other frameworks and here, side by side."""

@@ -1,0 +1,196 @@
+"""The job that every peer does: the same network, batches, learning rates and number of steps."""
+
+import hashlib
+import itertools
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+EPOCH = 97  # steps; prime, so that no peer's own period falls on its ends
+PEAK_LR = 0.0625  # a power of two: peak * (1 - x) and peak - peak * x have the same bits
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A network and the pictures of one rank's step."""
+
+    factory: str
+    batch_size: int  # of one rank
+    warm_epochs: int
+    epochs: int
+
+
+CASES = {
+    "tiny": Case("benchmarks.peers.job:tiny_net", 16, 2, 20),
+    "resnet9": Case("benchmarks.peers.job:small_resnet9", 128, 0, 1),
+}
+
+
+def tiny_net(num_classes: int = NUM_CLASSES) -> nn.Module:
+    """Two strided convolutions: about a millisecond a step, so that a loop's own cost shows."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(512, num_classes),
+    )
+
+
+def small_resnet9(num_classes: int = NUM_CLASSES) -> nn.Module:
+    """ResNet-9 of width 16."""
+    from dist_train.models.resnet9 import resnet9
+
+    torch.manual_seed(0)
+    return resnet9(num_classes, width=16)
+
+
+@dataclass(slots=True)
+class Job:
+    """What one process of a peer is to do, and the clocks it does it under."""
+
+    case: Case
+    rank: int
+    world_size: int
+    precision: str  # fp32 | bf16
+    lean: bool  # no log, progress bar or checkpoint; else what the peer does by default
+    folder: Path
+    asked: int = 0  # batches handed out so far
+    cpu_sec: list[float] = field(default_factory=list)  # of this process, as each was asked for
+    wall_sec: list[float] = field(default_factory=list)
+    children_sec: list[float] = field(default_factory=list)  # of its children, at epochs' starts
+
+    @property
+    def total_steps(self) -> int:
+        return (self.case.warm_epochs + self.case.epochs) * EPOCH
+
+    @property
+    def epochs(self) -> int:
+        return self.case.warm_epochs + self.case.epochs
+
+    def model(self) -> nn.Module:
+        """Return the network, its weights the same for every peer."""
+        make = {"tiny_net": tiny_net, "small_resnet9": small_resnet9}
+        name = self.case.factory.partition(":")[2]
+        return make[name]().to(memory_format=torch.channels_last)
+
+    def optimizer(self, model: nn.Module, *, fused: bool = True) -> torch.optim.SGD:
+        """Return the optimizer that every peer is given."""
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=PEAK_LR,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=5e-4,
+            fused=fused,
+        )
+
+    def factor(self, step: int) -> float:
+        """Return the learning rate of `step` as a share of the peak."""
+        return 1 - step / self.total_steps
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """Return the learning rate as the scheduler object that the peers ask for."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, self.factor)
+
+    def start_group(self) -> None:
+        """Join the other ranks."""
+        if self.world_size > 1:
+            torch.distributed.init_process_group("gloo")
+
+
+class Batches:
+    """An epoch of ready-made batches in memory; notes the clocks whenever one is asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        count = 8  # different ones, in turn: they stay in the cache, whoever trains on them
+        generator = torch.Generator().manual_seed(1 + job.rank)
+        shape = (job.case.batch_size, 3, 32, 32)
+        self._batches = [
+            (
+                torch.randn(shape, generator=generator).contiguous(
+                    memory_format=torch.channels_last
+                ),
+                torch.randint(NUM_CLASSES, (job.case.batch_size,), generator=generator),
+            )
+            for _ in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(EPOCH):
+            yield self.take()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return the next batch: images (n, 3, 32, 32) float32, labels (n,) int64."""
+        job = self._job
+        if job.asked % EPOCH == 0:
+            job.children_sec.append(_children_sec())
+        job.cpu_sec.append(time.process_time())
+        job.wall_sec.append(time.time())
+        batch = self._batches[job.asked % len(self._batches)]
+        job.asked += 1
+        return batch
+
+
+def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, object]:
+    """Return what one process has to say once it has trained.
+
+    Args:
+        job: with its clocks.
+        weights: parameters and buffers at the end.
+        begun: time.time() when the command was given.
+    """
+    warm = job.case.warm_epochs
+    first, last = warm * EPOCH, (job.epochs - 1) * EPOCH
+    if job.case.epochs == 1:  # a net of which an epoch is long
+        first, last = 10, job.total_steps - 1
+    steps = last - first
+    wall = job.wall_sec[first : last + 1]
+    walls = sorted(b - a for a, b in itertools.pairwise(wall))
+    children = job.children_sec[-1] - job.children_sec[warm]
+    cpu = job.cpu_sec[last] - job.cpu_sec[first]
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().contiguous().numpy().tobytes())
+    return {
+        "steps": len(job.cpu_sec),
+        "cpu_us": 1e6 * (cpu + children) / steps,
+        "children_us": 1e6 * children / steps,
+        "wall_us_p10": 1e6 * walls[len(walls) // 10],
+        "wall_us_median": 1e6 * walls[len(walls) // 2],
+        "images_per_sec": job.case.batch_size
+        * job.world_size
+        * steps
+        / (job.wall_sec[last] - job.wall_sec[first]),
+        "first_step_sec": job.wall_sec[1] - begun,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "weights_sha256": digest.hexdigest(),
+        "norm": float(sum(w.double().pow(2).sum() for w in weights.values()) ** 0.5),
+    }
+
+
+def _children_sec() -> float:
+    """Return the CPU seconds that this process's living children have used."""
+    ticks, own = 0, str(os.getpid())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if fields[1] == own:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

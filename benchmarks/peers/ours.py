@@ -1,0 +1,91 @@
+"""This toolkit's own loop: `train` as a user calls it, every guard on, its batches ready-made."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.job import NUM_CLASSES, PEAK_LR, Batches, Job
+from dist_train.checkpoint import load_state
+from dist_train.config import Config
+from dist_train.config.compose import compose
+from dist_train.data.batch import Batch
+from dist_train.data.loaders import Data
+from dist_train.distributed import Ranks
+from dist_train.order import GlobalOrderSampler
+from dist_train.train import train
+
+
+class ReadyBatches:
+    """The peers' batches, as the loop takes them."""
+
+    image_shape = (3, 32, 32)
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._batches = Batches(job)
+
+    def train_batches(
+        self, sampler: GlobalOrderSampler, first_step: int, last_step: int
+    ) -> Iterator[Batch]:
+        """Yield this rank's batch of every step."""
+        size = self._job.case.batch_size
+        for _ in range(first_step, last_step):
+            images, labels = self._batches.take()
+            yield Batch(
+                images=images,
+                labels=labels,
+                first_position=size * self._job.rank,
+                global_size=size * self._job.world_size,
+            )
+
+    def num_eval_batches(self, split: str) -> int:
+        """Return how many batches a split has: one on each rank."""
+        return self._job.world_size
+
+    def eval_batches(self, split: str, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:
+        """Yield the one batch."""
+        size = self._job.case.batch_size
+        yield rank, Batch(images=torch.zeros(size, 3, 32, 32), labels=torch.zeros(size).long())
+
+
+def ours(job: Job) -> dict[str, Tensor]:
+    """Train through `train(config)`; lean writes a line and a checkpoint at the end only."""
+    words = [
+        "data=synthetic",
+        "model=tutorial_cnn",
+        f"model.factory={job.case.factory}",
+        f"train.steps={job.total_steps}",
+        f"train.global_batch_size={job.case.batch_size * job.world_size}",
+        f"optim.lr={PEAK_LR}",
+        "optim.schedule=linear",
+        "optim.decay_norms_and_biases=true",
+        f"precision={job.precision}",
+        f"run_dir={job.folder}/run",
+        "threads=1",
+        "device=cpu",
+        "eval.every_epochs=null",
+        "optim.clip_norm=null",
+        "optim.label_smoothing=0",
+        "optim.warmup_epochs=0",
+    ]
+    if job.lean:
+        words += ["log_every=1000000", "checkpoint.every_steps=1000000"]
+
+    def open_ready(config: Config, ranks: Ranks) -> Data:
+        size = config.train.global_batch_size
+        return Data(
+            name="ready-made",
+            classes=tuple(str(label) for label in range(NUM_CLASSES)),
+            notice=None,
+            num_train=97 * size,
+            num_val=0,
+            num_test=size,
+            loader=ReadyBatches(job),
+        )
+
+    with patch("dist_train.train.open_data", open_ready):
+        train(compose(words).config)
+    [newest] = sorted((job.folder / "run" / "checkpoints").glob("step_*"))[-1:]
+    return load_state((newest / "state.pt").read_bytes())["model"]

@@ -1,0 +1,50 @@
+"""One process of one peer, by itself or under torchrun: `python -m benchmarks.peers.worker`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.job import CASES, Job, measured
+
+PEERS = {
+    "plain": "loops",
+    "fast": "loops",
+    "fabric": "frameworks",
+    "ignite": "frameworks",
+    "lightning": "frameworks",
+    "accelerate": "frameworks",
+    "hf_trainer": "frameworks",
+    "ours": "ours",
+}
+
+
+def main() -> None:
+    """Train and leave what was measured in FOLDER/rank<n>.json."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)
+    parser.add_argument("--style", choices=("lean", "default"), required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--begun", type=float, required=True, help="when the command was given")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    job = Job(
+        case=CASES[asked.case],
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        precision=asked.precision,
+        lean=asked.style == "lean",
+        folder=asked.folder,
+    )
+    module = __import__(f"benchmarks.peers.{PEERS[asked.peer]}", fromlist=[asked.peer])
+    weights = getattr(module, asked.peer)(job)
+    result = measured(job, weights, asked.begun)
+    (asked.folder / f"rank{job.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
