@@ -15,11 +15,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from torchvision.datasets import CIFAR10
 
 from benchmarks.reliability.in_ranks import keep_output
 from benchmarks.reliability.row import Row, Trial, check
 from dist_train.config import ConfigError
+from dist_train.data.cifar10 import CIFAR10
 from dist_train.data.loaders import open_data
 from dist_train.distributed import start_ranks
 from tests.data.test_cifar10 import NAMES, write_batches

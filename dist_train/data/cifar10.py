@@ -9,13 +9,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_and_extract_archive
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import cache_root, locked
@@ -23,6 +21,31 @@ from dist_train.data.pictures import Pictures, Source
 
 PROBE_SEC = 3.0
 STALL_SEC = 30.0  # a download that sends nothing for so long is given up
+
+
+class CIFAR10:
+    """Names and md5 of the files, as torchvision.datasets.CIFAR10 has them.
+
+    Importing that one costs every start half a second or more.
+    """
+
+    base_folder = "cifar-10-batches-py"
+    url = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    filename = "cifar-10-python.tar.gz"
+    tgz_md5 = "c58f30108f718f92721af3b95e74349a"
+    train_list: Sequence[Sequence[str]] = (
+        ("data_batch_1", "c99cafc152244af753f735de768cd75f"),
+        ("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec"),
+        ("data_batch_3", "54ebc095f3ab1f0389bbae665268c751"),
+        ("data_batch_4", "634d18415352ddfa80567beed471001a"),
+        ("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb"),
+    )
+    test_list: Sequence[Sequence[str]] = (("test_batch", "40351d587109b95175f43aff81a1287e"),)
+    meta: Mapping[str, str] = {
+        "filename": "batches.meta",
+        "key": "label_names",
+        "md5": "5ff9c542aee3614f3951f8cda6e48888",
+    }
 
 
 class UnavailableError(ConfigError):
@@ -95,6 +118,8 @@ def _split(batches: list[dict]) -> Pictures:
 
 def _fetch(root: Path, folder: Path) -> None:
     """Download if need be, unpack beside, and rename: the folder is whole or not there."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
     unpacked = root / ".cifar10-unpacking"
     shutil.rmtree(unpacked, ignore_errors=True)
     try:

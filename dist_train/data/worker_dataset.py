@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.decode import read_rgb, why_unreadable
@@ -72,6 +71,8 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, items: Items, config: DataConfig, *, num_classes: int) -> None:
+        from torchvision.transforms import v2
+
         self._items = items
         self._num_classes = num_classes
         size = config.image_size

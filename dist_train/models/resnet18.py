@@ -5,7 +5,6 @@ is that of section 4.2.
 """
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 
 class ResNet18Cifar(nn.Module):
@@ -50,6 +49,8 @@ def resnet18_cifar(
 
 
 def _stage(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
+    from torchvision.models.resnet import BasicBlock
+
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(

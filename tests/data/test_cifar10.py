@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import cifar10, synthetic
+from dist_train.data.cifar10 import CIFAR10
 from dist_train.data.pictures import Pictures, Source
 from dist_train.data.sources import load_source
 
@@ -187,3 +187,14 @@ def test_a_silent_host_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="cannot be reached"):
         cifar10._probe("https://example.org/x")
     silent.set()
+
+
+def test_names_and_checksums_are_those_of_torchvision() -> None:
+    from torchvision import datasets
+
+    for name in ("base_folder", "url", "filename", "tgz_md5", "train_list", "test_list", "meta"):
+        theirs = getattr(datasets.CIFAR10, name)
+        ours = getattr(CIFAR10, name)
+        if name.endswith("list"):
+            ours = [list(pair) for pair in ours]
+        assert ours == theirs, name
