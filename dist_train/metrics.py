@@ -120,8 +120,13 @@ class Meter:
         self._losses.clear()
         self._hits.clear()
 
-    def line(self, progress: Progress) -> dict[str, float]:
-        """Return the metrics since the last line and begin anew; call it after `meet`."""
+    def line(self, progress: Progress, *, waited_sec: float = 0.0) -> dict[str, float]:
+        """Return the metrics since the last line and begin anew; call it after `meet`.
+
+        Args:
+            progress: counters.
+            waited_sec: in which this rank's host waited for batches, since the last line.
+        """
         totals, sec = self.totals, self._line_clock.elapsed()
         steps = max(1, progress.step - self._line_start)
         count = totals.samples or math.nan
@@ -131,6 +136,7 @@ class Meter:
             "train/skipped_steps": progress.skipped_steps,
             "perf/images_per_sec": steps * self._plan.global_batch_size / max(sec, 1e-9),
             "perf/step_sec": sec / steps,
+            "perf/data_wait": waited_sec / max(sec, 1e-9),
         }
         self.totals = Totals()
         self._line_clock = _Clock()

@@ -23,13 +23,14 @@ from dist_train.journal import LineFile
 from dist_train.wandb_tracker import WandbTracker
 
 BAR_WIDTH = 20
+SHOWN_WAIT = 0.05  # of the time: less waiting for data is not shown
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Record = Mapping[str, float | int | str | bool | None]
 """`step` (int, batches consumed) and what was measured there.
 
 The console reads `epoch`, `train/loss`, `train/accuracy` (0..1), `perf/images_per_sec`,
-`memory/peak_gib` and everything named `eval/...`; each may be missing.
+`perf/data_wait`, `memory/peak_gib` and everything named `eval/...`; each may be missing.
 """
 
 
@@ -123,6 +124,9 @@ class ConsoleTracker:
                 shown.append(_labelled(name, record[name]))
         if isinstance(rate := record.get("perf/images_per_sec"), int | float):
             shown.append(f"{_number(rate, ',.0f')} images/s")
+        wait = record.get("perf/data_wait")
+        if isinstance(wait, float) and wait >= SHOWN_WAIT:
+            shown.append(f"{wait:.0%} waiting for data")
         if step > first_step:
             left = (self._total_steps - step) * (now - first_time) / (step - first_step)
             shown.append(f"ETA {timedelta(seconds=max(0, round(left)))}")

@@ -131,7 +131,8 @@ def _train_on(
         )
         _settle(parts, feed, progress, run, boundary=True)
         if plan.log_due(progress.step):
-            run.log(progress, plan, meter.line(progress))
+            line = meter.line(progress, waited_sec=feed.take_waited_sec())
+            run.log(progress, plan, line)
         meter.pause()
         best_before = progress.best_step
         stopping = stopping or _evaluate_if_due(parts, data, progress, run, stop)

@@ -125,6 +125,13 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     ]
 
 
+@pytest.mark.parametrize(("wait", "told"), [(0.04, ""), (0.25, "25% waiting for data  ")])
+def test_waiting_for_data_is_shown_where_it_matters(wait: float, told: str) -> None:
+    stream = StringIO()
+    ConsoleTracker(stream, total_steps=200).log({**PROGRESS, "perf/data_wait": wait})
+    assert f"12,346 images/s  {told}1.50 GiB" in stream.getvalue()
+
+
 def test_on_a_terminal_the_bar_is_rewritten_and_messages_stand_above_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
