@@ -3,7 +3,10 @@
 With gradients.py and overlap.py the only files that know the wrappers and torch's versions.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +83,17 @@ class Replica:
         if max_norm is not None:  # a norm at the limit does not divide by zero
             self.gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Take steps without the other ranks, on this one's gradients only: to be measured."""
+        held, form = self.gradients, self.form
+        self.gradients = FlatGradients(self.params, replace(self.ranks, control=None))
+        self.form, self._loss_weight = "flat", None
+        try:
+            yield
+        finally:
+            self.gradients, self.form, self._loss_weight = held, form, None
 
     def close(self) -> None:
         """Let go of DDP while its process group lives.

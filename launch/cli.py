@@ -17,6 +17,10 @@ VERBS = {
         "dist_train.doctor.main",
         "is this machine, or this allocation, fit for a training?",
     ),
+    "bench": (
+        "dist_train.bench.main",
+        "how fast on 1, 2, 4 ... ranks, and where the rest of the time goes",
+    ),
     "verify-resume": (
         "dist_train.verify_resume",
         "kill and resume your configuration: are the bits those of an unbroken run?",

@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("endings",),
     ("claim", "evaluation", "rollback", "start"),
     ("train",),
-    ("differences", "doctor", "dry_run", "replay"),
+    ("bench", "differences", "doctor", "dry_run", "replay"),
     ("__main__",),
     ("rehearsal",),
     ("verify_resume",),
@@ -79,6 +79,12 @@ LATE = {
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing.errors"),
     ("dist_train/doctor/arrival.py", "dist_train.doctor"),  # torch may be what is broken
     ("dist_train/doctor/examination.py", "dist_train.doctor"),
+    ("dist_train/bench/page.py", "matplotlib"),
+    ("dist_train/bench/page.py", "matplotlib.figure"),
+    # torchvision takes half a second and more to import, and most runs need none of it
+    ("dist_train/data/cifar10.py", "torchvision.datasets.utils"),
+    ("dist_train/data/worker_dataset.py", "torchvision.transforms"),
+    ("dist_train/models/resnet18.py", "torchvision.models.resnet"),
     ("dist_train/tracking.py", "torch.utils.tensorboard"),
     ("dist_train/wandb_tracker.py", "wandb"),
     ("launch/cli.py", "dist_train"),  # the version
@@ -207,3 +213,12 @@ def _is_below(module: str, allowed: tuple[str, ...]) -> bool:
     return module == "dist_train" or any(
         module == name or module.startswith(f"{name}.") for name in allowed if "." in name
     )
+
+
+def test_a_training_starts_without_torchvision() -> None:
+    code = "import sys, dist_train.train; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    heavy = {"torchvision", "torch._dynamo", "wandb", "tensorboard", "matplotlib"}
+    assert not heavy & set(done.stdout.split())

@@ -1,0 +1,105 @@
+"""What to change first, in a sentence, with the gain that it should bring. Imports no torch."""
+
+from typing import Any
+
+WORTH = 0.03  # of the step: less is not worth a change
+SLOW_RANK = 1.15  # times a usual rank
+
+
+def advice_for(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return {text, gain, part} for one setup; None if its parts were not measured.
+
+    `gain` is the share of the step's time that is saved if the part goes away wholly.
+    """
+    parts = result["parts_sec"]
+    if parts is None:
+        return None
+    step = result["step_sec"]["value"]
+    avoidable = {name: parts[name] for name in ("data", "host", "waiting", "all_reduce")}
+    losses = next(iter(result["lost_sec"].values()), None)
+    if losses is not None:
+        avoidable["sharing"] = sum(losses[name] for name in ("forward", "backward", "optimizer"))
+    part, sec = max(avoidable.items(), key=lambda item: item[1])
+    gain = sec / step
+    if gain < WORTH:
+        text = _about_compute(result)
+        return {"part": "compute", "gain": None, "text": text}
+    return {"part": part, "gain": gain, "text": f"{_TEXTS[part](result, sec)} {_gain(gain)}"}
+
+
+def _gain(gain: float) -> str:
+    return f"A step would be up to {gain:.0%} shorter."
+
+
+def _data(result: dict[str, Any], sec: float) -> str:
+    return (
+        f"Steps wait {_ms(sec)} for their batch: for pictures that fit into memory set "
+        "data.loader=memory, else raise data.num_workers (one a core that is free), or store the "
+        "pictures smaller."
+    )
+
+
+def _host(result: dict[str, Any], sec: float) -> str:
+    return (
+        f"Python needs {_ms(sec)} a step beside the model: give each step more to do (a larger "
+        "train.global_batch_size or train.micro_batch_size)."
+    )
+
+
+def _waiting(result: dict[str, Any], sec: float) -> str:
+    slow = result["slowest_rank"]
+    if slow is None or slow["times"] < SLOW_RANK:
+        return (
+            f"Ranks wait {_ms(sec)} for whichever is the slowest, each of them now and then: look "
+            "for other work on the machine."
+        )
+    return (
+        f"Rank {slow['rank']} on {slow['host']} takes {slow['times']:.2f} times as long as the "
+        f"others, which wait {_ms(sec)} for it: `dist-train doctor` says what is wrong there."
+    )
+
+
+def _all_reduce(result: dict[str, Any], sec: float) -> str:
+    size = result["gradient_bytes"] / 1e6
+    rate = result["gradient_bytes"] / max(sec, 1e-9) / 1e9
+    cure = (
+        "a larger batch makes it rarer, and `dist-train doctor` measures the links"
+        if result["sync"] == "overlap"
+        else "parallel.sync=overlap hides it behind the backward, and a larger batch makes it rarer"
+    )
+    return (
+        f"The sum of {size:.1f} MB of gradients over the ranks costs {_ms(sec)} that nothing hides "
+        f"({rate:.2f} GB/s): {cure}."
+    )
+
+
+def _sharing(result: dict[str, Any], sec: float) -> str:
+    if result["device"] == "cpu":
+        return (
+            f"Ranks compute {_ms(sec)} longer than one alone would for its share: they share this "
+            "machine's memory, caches and clock, and small batches use the cores less well."
+        )
+    return (
+        f"Ranks compute {_ms(sec)} longer than one alone would for its share: a smaller batch uses "
+        "a GPU less well; give each rank more (a larger train.global_batch_size)."
+    )
+
+
+def _about_compute(result: dict[str, Any]) -> str:
+    text = f"Nothing but the model itself is left: {result['mfu']:.0%} of the peak is used"
+    if result["precision"] == "fp32":
+        return f"{text}; precision=bf16 is the next thing to try where the hardware has it."
+    return f"{text}; a larger batch, or another model, is what changes that."
+
+
+def _ms(sec: float) -> str:
+    return f"{1000 * sec:.1f} ms"
+
+
+_TEXTS = {
+    "data": _data,
+    "host": _host,
+    "waiting": _waiting,
+    "all_reduce": _all_reduce,
+    "sharing": _sharing,
+}

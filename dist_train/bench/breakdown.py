@@ -1,0 +1,113 @@
+"""Where the time of a step goes: one launch's blocks, taken apart. Imports no torch."""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+# In the order of a step. `residual` is what the others, each measured by itself, leave over.
+PARTS = (
+    "data",
+    "forward",
+    "backward",
+    "optimizer",
+    "host",
+    "waiting",
+    "all_reduce",
+    "residual",
+)
+MEANS = {
+    "data": "waiting for data",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "host": "the loop itself: guards, sums, learning rate",
+    "waiting": "waiting for the slowest rank",
+    "all_reduce": "all-reduce that is not hidden",
+    "residual": "not explained",
+}
+
+
+def step_seconds(launch: dict[str, Any], way: str = "full") -> float:
+    """Return the seconds of a step: the median of the blocks, of each the mean over its ranks."""
+    return statistics.median(_block_means(launch, way))
+
+
+def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
+    """Return seconds by part; None if the ways it needs were not measured.
+
+    data: full less ready. all_reduce: ready less the slowest of the ranks alone, step by step.
+    waiting: that slowest less a usual rank (the lower median). host: a usual rank alone less bare.
+    forward, backward, optimizer: timed within the bare loop of a usual rank. Each is the median of
+    the rounds, in which the blocks of all ways follow each other.
+    """
+    ranks = launch["ranks"]
+    if "bare" not in ranks[0]["blocks"]:
+        return None
+    count = len(ranks[0]["blocks"]["full"])
+    rounds = [_round(ranks, number) for number in range(count)]
+    parts = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    if len(ranks) == 1:
+        parts["waiting"] = parts["all_reduce"] = 0.0
+    return parts | {"residual": step_seconds(launch) - sum(parts.values())}
+
+
+def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
+    """Return the parts by the blocks of one round."""
+    blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
+    mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
+    full, ready = statistics.fmean(mean["full"]), statistics.fmean(mean["ready"])
+    alone, bare = _usual(mean["alone"]), _usual(mean["bare"])
+    slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
+    forward, backward, optimizer = (
+        _usual([statistics.fmean(step[i] for step in rank["phases"][number]) for rank in ranks])
+        for i in range(3)
+    )
+    return {
+        "data": full - ready,
+        "forward": forward,
+        "backward": backward,
+        "optimizer": optimizer,
+        "host": alone - bare,
+        "waiting": slowest - alone,
+        "all_reduce": ready - slowest,
+    }
+
+
+def slowest_rank(launch: dict[str, Any]) -> tuple[int, str, float] | None:
+    """Return (rank, host, times a usual rank's step) of the slowest rank, measured alone."""
+    ranks = launch["ranks"]
+    if len(ranks) == 1 or "alone" not in ranks[0]["blocks"]:
+        return None
+    times = [_median_block(rank, "alone") for rank in ranks]
+    worst = max(range(len(ranks)), key=lambda number: times[number])
+    return ranks[worst]["rank"], ranks[worst]["host"], times[worst] / _usual(times)
+
+
+def lost(parts: dict[str, float], alone: dict[str, float], *, shrink: float) -> dict[str, float]:
+    """Return the seconds of each part beyond those that one rank would need for its share.
+
+    Args:
+        parts: on several ranks.
+        alone: on one rank.
+        shrink: the batch of one rank, as a share of that on one rank.
+    """
+    return {name: parts[name] - shrink * alone[name] for name in PARTS}
+
+
+def all_steps(launch: dict[str, Any]) -> Iterator[float]:
+    """Yield the seconds of every measured step of rank 0."""
+    for block in launch["ranks"][0]["blocks"]["full"]:
+        yield from block
+
+
+def _block_means(launch: dict[str, Any], way: str) -> list[float]:
+    blocks = zip(*(rank["blocks"][way] for rank in launch["ranks"]), strict=True)
+    return [statistics.fmean(statistics.fmean(block) for block in ranks) for ranks in blocks]
+
+
+def _median_block(rank: dict[str, Any], way: str) -> float:
+    return statistics.median(statistics.fmean(block) for block in rank["blocks"][way])
+
+
+def _usual(values: list[float]) -> float:
+    return statistics.median_low(values)

@@ -1,0 +1,100 @@
+"""Two reports of the benchmark side by side: what changed beyond noise. Imports no torch."""
+
+import math
+import statistics
+from typing import Any
+
+from dist_train.bench.breakdown import MEANS, PARTS
+from dist_train.bench.intervals import T_95
+
+LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
+SURE = 1.0  # times the half width of the 95 % interval
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a line for each setup that both have.
+
+    The step times are divided by those of a fixed convolution, measured between the blocks of the
+    same launch: a machine that is slower today is not taken for slower code. A change is told if
+    its 95 % interval (Welch 1947, Biometrika 34:28) leaves out zero and it is 1.5 % or more.
+    """
+    known = {_key(r): r for r in old["setups"]}
+    lines = []
+    for result in new["setups"]:
+        before = known.get(_key(result))
+        if before is None:
+            continue
+        change, half = _log_change(_adjusted(before), _adjusted(result))
+        machine, _ = _log_change(
+            before["reference_sec_of_launches"], result["reference_sec_of_launches"]
+        )
+        told = abs(change) > SURE * half and abs(math.expm1(change)) >= LEAST_CHANGE
+        lines.append(
+            {
+                "num_ranks": result["num_ranks"],
+                "global_batch_size": result["global_batch_size"],
+                "change": math.expm1(change),
+                "low": math.expm1(change - half),
+                "high": math.expm1(change + half),
+                "machine": math.expm1(machine),
+                "changed": told,
+                "part": _part_that_changed(before, result) if told else None,
+            }
+        )
+    return lines
+
+
+def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return the comparison in words."""
+    if not lines:
+        return "nothing to compare: the two reports have no number of ranks and batch in common\n"
+    told = [f"compared with {old['created']} ({old['command']}):"]
+    told += [
+        f"  the {what} differs: {old['machine'][what]} then, {new['machine'][what]} now"
+        for what in ("cpu", "device", "torch", "python")
+        if old["machine"][what] != new["machine"][what]
+    ]
+    for line in lines:
+        where = f"{line['num_ranks']} ranks, batch {line['global_batch_size']}"
+        span = f"{line['change']:+.1%} ({line['low']:+.1%} to {line['high']:+.1%})"
+        hour = f"; the machine itself {line['machine']:+.1%}" if abs(line["machine"]) > 0.01 else ""
+        if not line["changed"]:
+            told.append(f"  {where}: no change of the step time beyond noise: {span}{hour}")
+            continue
+        part = f", most of it {MEANS[line['part']]}" if line["part"] else ""
+        faster = "longer" if line["change"] > 0 else "shorter"
+        told.append(f"  {where}: steps are {faster}: {span}{part}{hour}")
+    return "\n".join(told) + "\n"
+
+
+def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return result["num_ranks"], result["num_nodes"], result["global_batch_size"]
+
+
+def _adjusted(result: dict[str, Any]) -> list[float]:
+    pairs = zip(result["step_sec_of_launches"], result["reference_sec_of_launches"], strict=True)
+    return [step / reference for step, reference in pairs]
+
+
+def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Return the change of the logarithm's mean, and half of its 95 % interval."""
+    logs = [[math.log(value) for value in values] for values in (before, after)]
+    means = [statistics.fmean(values) for values in logs]
+    errors = [statistics.variance(values) / len(values) for values in logs]
+    total = sum(errors)
+    if total == 0.0:
+        return means[1] - means[0], 0.0
+    freedom = total**2 / sum(
+        error**2 / (len(values) - 1) for error, values in zip(errors, logs, strict=True) if error
+    )
+    whole = max(1, int(freedom))
+    t = T_95[whole - 1] if whole <= len(T_95) else 1.96 + 2.4 / whole
+    return means[1] - means[0], t * math.sqrt(total)
+
+
+def _part_that_changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    if before["parts_sec"] is None or after["parts_sec"] is None:
+        return None
+    change = {name: after["parts_sec"][name] - before["parts_sec"][name] for name in PARTS}
+    grown = sum(change.values()) > 0
+    return max(change, key=lambda name: change[name] if grown else -change[name])

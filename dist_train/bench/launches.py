@@ -1,0 +1,152 @@
+"""Which launches a benchmark makes, and how one is started and read. Imports no torch."""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_train.config import ConfigError
+from dist_train.config.arguments import words_of
+
+Scaling = Literal["strong", "weak"]
+LIMIT_SEC = 900.0  # beyond the time asked for
+SHOWN_LINES = 25
+# What would only disturb: a run that never ends, and touches its folder as little as it can.
+FIXED = (
+    "train.epochs=null",
+    "train.steps=1000000000",
+    "train.max_minutes=null",
+    "train.early_stop_patience=null",
+    "optim.lr=1e-6",  # the speed is not a matter of the weights, unless they become NaN
+    "optim.warmup_steps=0",
+    "eval.every_epochs=null",
+    "eval.every_steps=null",
+    "checkpoint.every_steps=1000000000",
+    "profile.steps=null",
+    "tracking.wandb.mode=disabled",
+    "tracking.tensorboard=false",
+    "resume=never",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """A number of ranks and a batch; `scalings` says in which curves it is a point."""
+
+    num_ranks: int
+    num_nodes: int
+    global_batch_size: int
+    scalings: tuple[Scaling, ...]
+
+
+def setups_of(
+    counts: list[tuple[int, int]], global_batch_size: int, scalings: tuple[Scaling, ...]
+) -> list[Setup]:
+    """Return what is measured: every count in both curves, which meet at the largest.
+
+    Strong scaling keeps the global batch; weak scaling the batch of a rank, that of the global
+    batch on the largest count.
+
+    Args:
+        counts: (ranks, nodes), ascending.
+        global_batch_size: the experiment's own.
+        scalings: the curves wanted.
+
+    Raises:
+        ConfigError: more ranks than samples in a batch.
+    """
+    most = counts[-1][0]
+    each = global_batch_size // most
+    if each < 1:
+        raise ConfigError(
+            f"{most} ranks cannot share train.global_batch_size={global_batch_size}: give a "
+            "larger one"
+        )
+    batches: dict[tuple[int, int, int], list[Scaling]] = {}
+    for ranks, nodes in counts:
+        if "strong" in scalings:
+            batches.setdefault((ranks, nodes, global_batch_size), []).append("strong")
+        if "weak" in scalings:
+            size = global_batch_size if ranks == most else each * ranks
+            batches.setdefault((ranks, nodes, size), []).append("weak")
+    return [
+        Setup(num_ranks=ranks, num_nodes=nodes, global_batch_size=size, scalings=tuple(names))
+        for (ranks, nodes, size), names in batches.items()
+    ]
+
+
+def launch(setup: Setup, options: argparse.Namespace, *, threads: int, seed: int) -> dict[str, Any]:
+    """Start the ranks of one setup, wait for them, and return what they measured.
+
+    Raises:
+        LaunchFailedError: with the end of what they said.
+    """
+    work_dir = options.work_dir.absolute() if options.work_dir is not None else None
+    folder = Path(tempfile.mkdtemp(prefix="dist-train-bench-", dir=work_dir))
+    try:
+        spec = {
+            "out": str(folder / "measured.json"),
+            "seconds": options.seconds,
+            "seed": seed,
+            "begun": time.time(),
+        }
+        words = [*words_of(options), *FIXED, f"run_dir={folder / 'run'}"]
+        words += [f"train.global_batch_size={setup.global_batch_size}"]
+        command = [*_starter(setup), "-m", "dist_train.bench.worker", "--spec", json.dumps(spec)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (folder / "output.txt").open("w+") as output:
+            try:
+                code = _run([*command, *words], environment, output, options.seconds + LIMIT_SEC)
+            except subprocess.TimeoutExpired:
+                code = None
+            output.seek(0)
+            said = output.read().splitlines()
+        if code != 0 or not (folder / "measured.json").is_file():
+            raise LaunchFailedError(
+                f"{setup.num_ranks} ranks with a batch of {setup.global_batch_size} "
+                + ("did not come to an end" if code is None else f"failed (exit code {code})")
+                + "; they said last:\n"
+                + "\n".join(said[-SHOWN_LINES:])
+            )
+        return json.loads((folder / "measured.json").read_text())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class LaunchFailedError(RuntimeError):
+    """A launch ended without a measurement."""
+
+
+def _starter(setup: Setup) -> list[str]:
+    if "SLURM_JOB_ID" in os.environ and setup.num_nodes > 0:
+        each = setup.num_ranks // setup.num_nodes
+        steps = ["srun", f"--nodes={setup.num_nodes}", f"--ntasks-per-node={each}"]
+        return [*steps, "--kill-on-bad-exit=1", sys.executable]
+    if setup.num_ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc-per-node={setup.num_ranks}"]
+
+
+def _run(command: list[str], environment: dict[str, str], output: Any, limit_sec: float) -> int:
+    process = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(timeout=limit_sec)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 15)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        raise

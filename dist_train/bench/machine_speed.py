@@ -1,0 +1,87 @@
+"""What the device can do by itself: the measure of a step, and of the hour it was taken in."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_train.bench.clock import clock_for
+from dist_train.build import autocast
+from dist_train.data.batch import Batch
+from dist_train.tasks import classification as task
+
+SIDE = {"cpu": 768, "cuda": 8192}
+REPEATS = {"cpu": 3, "cuda": 10}
+# Dense products without sparsity, in TFLOP/s, from the makers' data sheets: (bf16 or fp16, fp32 as
+# torch computes it, TF32 off). By a part of torch.cuda.get_device_name(); the first that fits.
+PEAKS = {
+    "B200": (2250.0, 75.0),
+    "H200": (989.0, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6),
+    "RTX 4090": (165.0, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of a large product of matrices right now, with this rank's threads."""
+    side, dtype = SIDE[device.type], DTYPES[precision]
+    left = torch.randn(side, side, device=device).to(dtype)
+    out = torch.empty_like(left)
+    clock = clock_for(device)
+    torch.mm(left, left, out=out)
+    clock.mark()
+    for _ in range(REPEATS[device.type]):
+        torch.mm(left, left, out=out)
+        clock.mark()
+    return 2 * side**3 / min(clock.take())
+
+
+def data_sheet_peak(device: torch.device, precision: str) -> float | None:
+    """Return the FLOP/s of the data sheet; None if the device is not known, or a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, (half, single) in PEAKS.items():
+        if part in name:
+            return 1e12 * (single if precision == "fp32" else half)
+    return None
+
+
+def flops_of_a_sample(module: nn.Module, batch: Batch, precision: str) -> float:
+    """Return the FLOPs of one sample's forward and backward, counted by torch."""
+    part = batch.part(0, min(len(batch), 8))
+    params = [p for p in module.parameters() if p.requires_grad]
+    with FlopCounterMode(display=False) as counter:
+        with autocast(precision, part.images.device):
+            logits = module(part.images)
+        torch.autograd.grad(task.loss_sum(logits, part), params, allow_unused=True)
+    return counter.get_total_flops() / len(part)
+
+
+class Reference:
+    """A small convolution, the same everywhere: by it the machine of two hours is compared."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock = clock_for(device)
+        self._images = torch.ones(64, 32, 32, 32, device=device)
+        self._images = self._images.contiguous(memory_format=torch.channels_last)
+        self._weight = torch.ones(64, 32, 3, 3, device=device)
+        self._run()
+
+    def seconds(self) -> float:
+        """Return how long it takes now: the least of a few."""
+        self._clock.take()
+        self._clock.mark()
+        for _ in range(5):
+            self._run()
+            self._clock.mark()
+        return min(self._clock.take())
+
+    def _run(self) -> Tensor:
+        return torch.conv2d(self._images, self._weight, padding=1).relu_()

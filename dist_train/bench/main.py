@@ -1,0 +1,200 @@
+"""`dist-train bench`: how fast an experiment trains on 1, 2, 4 ... ranks, and where the rest goes.
+
+    dist-train bench --nproc 1,2,4,8 experiment=cifar10_resnet9      this machine
+    salloc --nodes=4 ... dist-train bench --nodes 1,2,4 ...          in an allocation of SLURM
+
+Exit code: 0 measured, 1 a launch failed, 2 the user's mistake.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.bench import compare
+from dist_train.bench.advice import advice_for
+from dist_train.bench.launches import LaunchFailedError, Scaling, Setup, launch, setups_of
+from dist_train.bench.page import check_matplotlib, write_page
+from dist_train.bench.report import as_text
+from dist_train.bench.results import SCHEMA, results_of
+from dist_train.bench.scale import predictions
+from dist_train.config import ConfigError
+from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
+from dist_train.config.check import check_world
+from dist_train.config.whole_file import read_json, write_atomically
+from dist_train.run_folder import cpu_name
+
+REPEATS, SECONDS = 4, 6.0
+MOST_CPU_RANKS = 2
+
+
+def main(argv: list[str]) -> int:
+    """Run `dist-train bench`; returns 0 measured, 1 a launch failed, 2 the user's mistake."""
+    try:
+        options = _parse(argv)
+        config = compose_request(options).config
+        counts = _counts(options)
+        scalings: tuple[Scaling, ...] = (
+            ("strong", "weak") if options.scaling == "both" else (options.scaling,)
+        )
+        for ranks, _ in counts:
+            check_world(config, ranks)
+        setups = setups_of(counts, config.train.global_batch_size, scalings)
+    except ConfigError as mistake:
+        print_error(str(mistake))
+        return 2
+    try:
+        measured = _measure(setups, options)
+    except LaunchFailedError as failure:
+        print_error(str(failure).splitlines()[0])
+        sys.stderr.write("\n".join(str(failure).splitlines()[1:]) + "\n")
+        return 1
+    report = _report(measured, options, config.experiment, argv)
+    sys.stdout.write(as_text(report))
+    if options.compare is not None:
+        old = read_json(options.compare)
+        lines = compare.compare(old, report)
+        report["compared"] = lines
+        sys.stdout.write(compare.as_text(lines, old, report))
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(report, indent=1))
+        sys.stdout.write(f"written: {options.json}\n")
+    if options.page is not None:
+        for path in write_page(report, options.page):
+            sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="dist-train bench",
+        description="Measure an experiment on several numbers of ranks, and where its time goes.",
+    )
+    parser.add_argument("--nproc", help="ranks on this machine: 1,2,4 (with --nodes: on each)")
+    parser.add_argument("--nodes", help="nodes of this allocation of SLURM: 1,2,4")
+    parser.add_argument("--scaling", choices=("strong", "weak", "both"), default="both")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="launches of each, in turns")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of measuring in each launch, once steady"
+    )
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    parser.add_argument(
+        "--page", type=Path, help="write a page with curves to FILE.html, and FILE.png"
+    )
+    parser.add_argument("--compare", type=Path, help="a file of --json: what changed since then")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="where to put the temporary run folders; with --nodes all must see it (runs)",
+    )
+    add_run_options(parser)
+    options = parser.parse_intermixed_args(argv)
+    if options.repeats < 2:
+        raise ConfigError(f"--repeats={options.repeats} must be 2 or more, to know the spread")
+    if not 0.5 <= options.seconds <= 600:
+        raise ConfigError(f"--seconds={options.seconds} must be from 0.5 to 600")
+    for option, path in (("--json", options.json), ("--page", options.page)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{option}={path}: there is no folder {path.parent}")
+    if options.page is not None:
+        check_matplotlib()
+        if options.page.suffix != ".html":
+            raise ConfigError(f"--page={options.page} must end with .html")
+    if options.compare is not None and read_json(options.compare).get("schema") != SCHEMA:
+        raise ConfigError(
+            f"--compare={options.compare} is no report of this benchmark: give a file that --json "
+            "wrote"
+        )
+    if options.work_dir is None and options.nodes is not None:
+        options.work_dir = Path("runs")
+        options.work_dir.mkdir(exist_ok=True)
+    if options.work_dir is not None and not options.work_dir.is_dir():
+        raise ConfigError(f"--work-dir={options.work_dir} is no folder")
+    return options
+
+
+def _counts(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return the (ranks, nodes) to measure, ascending; 0 nodes: this machine, without SLURM."""
+    if options.nodes is not None:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ConfigError(
+                "--nodes needs an allocation of SLURM: salloc --nodes=4 ... dist-train bench "
+                "--nodes 1,2,4 ..."
+            )
+        each = _numbers(options.nproc or "1", "--nproc")
+        if len(each) > 1:
+            raise ConfigError(f"--nproc={options.nproc}: with --nodes it is one number, of each")
+        return [(each[0] * nodes, nodes) for nodes in _numbers(options.nodes, "--nodes")]
+    if options.nproc is not None:
+        return [(count, 0) for count in _numbers(options.nproc, "--nproc")]
+    most = torch.cuda.device_count() or min(MOST_CPU_RANKS, len(os.sched_getaffinity(0)))
+    powers = [2**k for k in range(most.bit_length()) if 2**k <= most]
+    return [(count, 0) for count in sorted({*powers, most})]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"{option}={text} must be numbers from 1 on, with commas: 1,2,4")
+    return sorted({int(word) for word in words})
+
+
+def _measure(
+    setups: list[Setup], options: argparse.Namespace
+) -> list[tuple[Setup, list[dict[str, Any]]]]:
+    """Launch every setup once in each round; say how it goes."""
+    most = max(setup.num_ranks // max(1, setup.num_nodes) for setup in setups)
+    threads = max(1, len(os.sched_getaffinity(0)) // most)
+    measured: list[tuple[Setup, list[dict[str, Any]]]] = [(setup, []) for setup in setups]
+    begun, done, total = time.monotonic(), 0, len(setups) * options.repeats
+    for number in range(options.repeats):
+        turn = measured if number % 2 == 0 else measured[::-1]
+        for setup, launches in turn:
+            launches.append(launch(setup, options, threads=threads, seed=number))
+            done += 1
+            left = (time.monotonic() - begun) / done * (total - done)
+            sys.stderr.write(
+                f"launch {done} of {total}: {setup.num_ranks} x "
+                f"{launches[-1]['ranks'][0]['batch_size']}, {left:.0f} s to go\n"
+            )
+    return measured
+
+
+def _report(
+    measured: list[tuple[Setup, list[dict[str, Any]]]],
+    options: argparse.Namespace,
+    experiment: str,
+    argv: list[str],
+) -> dict[str, Any]:
+    setups = results_of(measured)
+    largest = setups[-1] if len(setups) == 1 else max(setups, key=lambda r: r["num_ranks"])
+    return {
+        "schema": SCHEMA,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["dist-train", "bench", *argv]),
+        "experiment": experiment,
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+        "machine": {
+            "host": platform.node(),
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "device": setups[0]["device"],
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "setups": setups,
+        "advice": advice_for(largest),
+        "scale": predictions(setups),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

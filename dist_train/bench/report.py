@@ -1,0 +1,110 @@
+"""The report in the terminal. Imports no torch."""
+
+from typing import Any
+
+from dist_train.bench.breakdown import MEANS, PARTS
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Return the whole report as text."""
+    machine = report["machine"]
+    lines = [
+        f"{report['experiment']} on {machine['device']}, {machine['cpu']}; torch "
+        f"{machine['torch']}; {report['repeats']} launches of each, in turns",
+        "",
+    ]
+    for scaling, title in (
+        ("strong", "the same global batch on more ranks"),
+        ("weak", "the same batch a rank on more ranks"),
+    ):
+        curve = [r for r in report["setups"] if scaling in r["scalings"]]
+        if curve:
+            lines += [f"{scaling} scaling: {title}", *_curve(curve, scaling), ""]
+    lines += ["where the time of a step goes, ms (share)", *_breakdown(report["setups"]), ""]
+    if report["scale"] is not None:
+        lines += [*_scale(report["scale"]), ""]
+    unsteady = [r["num_ranks"] for r in report["setups"] if not r["steady"]]
+    if unsteady:
+        lines += [f"not steady within the time to warm up: {unsteady} ranks", ""]
+    if report["advice"] is not None:
+        lines += [f"change first: {report['advice']['text']}", ""]
+    return "\n".join(lines)
+
+
+def _curve(curve: list[dict[str, Any]], scaling: str) -> list[str]:
+    head = ("ranks", "batch", "images/s", "step ms", "p90", "p99", "speed-up", "efficiency")
+    rows = [
+        (
+            str(r["num_ranks"]),
+            f"{r['global_batch_size']}",
+            _with_half(r["images_per_sec"], 1, 0),
+            _with_half(r["step_sec"], 1000, 2),
+            f"{1000 * r['step_sec_p90']:.2f}",
+            f"{1000 * r['step_sec_p99']:.2f}",
+            _with_half(r["speedup"][scaling], 1, 2),
+            f"{r['efficiency'][scaling]['value']:.0%}",
+            f"{r['mfu']:.1%}",
+            f"{r['memory_bytes'] / 2**30:.2f}",
+        )
+        for r in curve
+    ]
+    return _table((*head, "MFU", "GiB"), rows)
+
+
+def _breakdown(setups: list[dict[str, Any]]) -> list[str]:
+    shown = [r for r in setups if r["parts_sec"] is not None]
+    head = ("", *(f"{r['num_ranks']} x {r['batch_size']}" for r in shown))
+    rows = [
+        (
+            MEANS[part],
+            *(f"{1000 * r['parts_sec'][part]:.2f} ({_share(r, part):.1%})" for r in shown),
+        )
+        for part in PARTS
+    ]
+    rows.append(("together", *(f"{1000 * r['step_sec']['value']:.2f}" for r in shown)))
+    return _table(head, rows)
+
+
+def _scale(scale: dict[str, Any]) -> list[str]:
+    """Return the model of scale: its error here, and its efficiencies elsewhere."""
+    lines = ["predicted by the model of scale (weak scaling; see its error here):"]
+    lines += [
+        f"  here, {c['num_ranks']} x {c['batch_size']}: {1000 * c['predicted_sec']:.2f} ms, "
+        f"measured {1000 * c['measured_sec']:.2f} ({c['error']:+.1%}); link: "
+        f"{1e6 * c['latency_sec']:.0f} us, {c['bytes_per_sec'] / 1e9:.2f} GB/s"
+        for c in scale["checked"]
+    ]
+    counts = [count for count, _ in scale["networks"][0]["efficiency"]]
+    head = ("efficiency of this step on ranks:", *(f"{count:,}" for count in counts))
+    rows = [
+        (network["name"], *(f"{share:.0%}" for _, share in network["efficiency"]))
+        for network in scale["networks"]
+    ]
+    return [*lines, *_table(head, rows)]
+
+
+def _share(result: dict[str, Any], part: str) -> float:
+    return result["parts_sec"][part] / result["step_sec"]["value"]
+
+
+def _with_half(estimate: dict[str, float | None], factor: float, digits: int) -> str:
+    """Return value ± half of its interval."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    assert value is not None
+    text = f"{factor * value:,.{digits}f}"
+    if low is None or high is None or high == low:
+        return text
+    return f"{text} ± {factor * (high - low) / 2:,.{digits}f}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Return lines with aligned columns; the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *rows)
+    ]

@@ -1,0 +1,211 @@
+"""A model of scale: what a step takes on more ranks than are at hand, from what was measured here.
+
+Time of an all-reduce of n bytes over p ranks, with latency a and bandwidth b of a link:
+    ring    2 (p - 1) a + 2 (p - 1) / p * n / b     (Patarasuk and Yuan 2009, JPDC 69:117)
+    tree    2 log2(p) a + 2 n / b                   (Sanders, Speck, Traeff 2009, ParCo 35:581)
+and on nodes of g ranks: a reduce-scatter inside, an all-reduce of a g-th between the nodes, an
+all-gather inside. The shorter of ring and tree counts, as NCCL chooses.
+
+Imports no torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 << 20, 1 << 20  # DistributedDataParallel's
+COUNTS = (8, 64, 512, 4096, 16384)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What carries messages."""
+
+    latency_sec: float  # of one hop
+    bytes_per_sec: float
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Nodes of `node_size` ranks: `inside` them, and `between` them for each rank."""
+
+    name: str
+    inside: Link
+    between: Link
+    node_size: int
+
+
+# Per GPU and direction, as libraries reach it rather than as the data sheet says: NVLink 4 450 GB/s
+# and NDR InfiniBand 400 Gb/s by NVIDIA's DGX H100 user guide, four fifths of that; latencies as in
+# NCCL's own cost model (nccl/src/graph/tuning.cc, LL128 and simple protocols), rounded.
+NETWORKS = (
+    Network("NVLink, InfiniBand 400 Gb/s a GPU", Link(3e-6, 360e9), Link(8e-6, 40e9), 8),
+    Network("NVLink, Ethernet 100 Gb/s a node", Link(3e-6, 360e9), Link(3e-5, 10e9 / 8), 8),
+    Network("PCIe 4, Ethernet 25 Gb/s a node", Link(8e-6, 20e9), Link(4e-5, 2.5e9 / 8), 8),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's step without the others, and what it must exchange."""
+
+    before_sec: float  # data, host, forward
+    backward_sec: float
+    after_sec: float  # optimizer
+    jitter_sec: float  # standard deviation of the whole, between ranks and steps
+    gradient_times: tuple[tuple[int, float], ...]  # (bytes, share of the backward), in order
+    overlapped: bool
+
+    @property
+    def alone_sec(self) -> float:
+        return self.before_sec + self.backward_sec + self.after_sec
+
+
+def all_reduce_sec(num_bytes: float, count: int, link: Link) -> float:
+    """Return the time of an all-reduce over `count` ranks on one kind of link."""
+    if count == 1:
+        return 0.0
+    a, b = link.latency_sec, link.bytes_per_sec
+    ring = 2 * (count - 1) * a + 2 * (count - 1) / count * num_bytes / b
+    tree = 2 * math.log2(count) * a + 2 * num_bytes / b
+    return min(ring, tree)
+
+
+def hierarchical_sec(num_bytes: float, count: int, network: Network) -> float:
+    """Return the time of an all-reduce over `count` ranks on nodes of several."""
+    inside = min(count, network.node_size)
+    nodes = math.ceil(count / inside)
+    if nodes == 1:
+        return all_reduce_sec(num_bytes, inside, network.inside)
+    link = network.inside
+    half = (inside - 1) * link.latency_sec + (inside - 1) / inside * num_bytes / link.bytes_per_sec
+    return 2 * half + all_reduce_sec(num_bytes / inside, nodes, network.between)
+
+
+def fitted_link(sweep: Sequence[Sequence[float]], count: int) -> Link | None:
+    """Return the link whose ring explains the measured (bytes, seconds) with least relative error.
+
+    None for one rank, or for times that do not grow with size.
+    """
+    if count < 2 or len(sweep) < 2:
+        return None
+    # Weighted least squares of sec = x * hops + y * moved, weights 1 / sec^2.
+    hops, moved = 2.0 * (count - 1), 2.0 * (count - 1) / count
+    rows = [(hops / sec, moved * size / sec) for size, sec in sweep]
+    aa, ab, bb = (
+        sum(r[0] * r[0] for r in rows),
+        sum(r[0] * r[1] for r in rows),
+        sum(r[1] * r[1] for r in rows),
+    )
+    a1, b1 = sum(r[0] for r in rows), sum(r[1] for r in rows)
+    determinant = aa * bb - ab * ab
+    if determinant <= 0:
+        return None
+    latency, per_byte = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
+    if per_byte <= 0:
+        return None
+    return Link(max(latency, 0.0), 1 / per_byte)
+
+
+def step_sec(step: Step, count: int, reduce: Any) -> float:
+    """Return the time of a step on `count` ranks; `reduce(bytes, count)` is one all-reduce's.
+
+    The slowest of `count` ranks sets the pace: for normal times sqrt(2 ln count) deviations later
+    than the mean (Cramer 1946, section 28.6, its leading term).
+    """
+    if count == 1:
+        return step.alone_sec
+    late = step.jitter_sec * math.sqrt(2 * math.log(count))
+    sizes = [size for size, _ in step.gradient_times]
+    if not step.overlapped:
+        return step.alone_sec + late + reduce(sum(sizes), count)
+    free = 0.0  # when the link has sent all before, counted from the backward's begin
+    for size, share in buckets(step.gradient_times):
+        free = max(free, share * step.backward_sec) + reduce(size, count)
+    exposed = max(0.0, free - step.backward_sec)
+    return step.alone_sec + late + exposed
+
+
+def buckets(gradient_times: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return (bytes, ready at this share of the backward) of DistributedDataParallel's buckets."""
+    found: list[tuple[int, float]] = []
+    size, limit = 0, FIRST_BUCKET_BYTES
+    for number, (num_bytes, share) in enumerate(gradient_times):
+        size += num_bytes
+        if size >= limit or number == len(gradient_times) - 1:
+            found.append((size, share))
+            size, limit = 0, BUCKET_BYTES
+    return found
+
+
+def goodput(count: int, *, save_sec: float, restart_sec: float, mtbf_hours_of_one: float) -> float:
+    """Return the share of the time that is useful, with failures and the best save period.
+
+    Saves cost `save_sec` every sqrt(2 * save_sec * M) seconds (Young 1974, CACM 17:530), M being
+    the mean time between failures of all; a failure costs half a period and a restart.
+    """
+    mean = 3600 * mtbf_hours_of_one / count
+    period = math.sqrt(2 * max(save_sec, 1e-3) * mean)
+    lost = max(save_sec, 1e-3) / period + (period / 2 + restart_sec) / mean
+    return max(0.0, 1 - lost)
+
+
+def step_of(result: dict[str, Any]) -> Step | None:
+    """Return the step that was measured on one rank of a setup."""
+    parts = result["parts_sec"]
+    if parts is None:
+        return None
+    last = max((sec for _, sec in result["gradient_times"]), default=0.0) or 1.0
+    return Step(
+        before_sec=parts["data"] + parts["host"] + parts["forward"],
+        backward_sec=parts["backward"],
+        after_sec=parts["optimizer"] + parts["residual"],
+        jitter_sec=result["jitter_sec"],
+        gradient_times=tuple((size, sec / last) for size, sec in result["gradient_times"]),
+        overlapped=result["sync"] == "overlap",
+    )
+
+
+def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the model's error where it can be measured, and what it says of larger counts.
+
+    Weak scaling of the step of the largest setup.
+    """
+    checked = []
+    for result in setups:
+        step, link = step_of(result), None
+        if result["num_ranks"] > 1:
+            link = fitted_link(result["all_reduce"], result["num_ranks"])
+        if step is None or link is None:
+            continue
+        found = link
+
+        def measured(size: float, count: int, link: Link = found) -> float:
+            return all_reduce_sec(size, count, link)
+
+        told = step_sec(step, result["num_ranks"], measured)
+        checked.append(
+            {
+                "num_ranks": result["num_ranks"],
+                "batch_size": result["batch_size"],
+                "latency_sec": link.latency_sec,
+                "bytes_per_sec": link.bytes_per_sec,
+                "predicted_sec": told,
+                "measured_sec": result["step_sec"]["value"],
+                "error": told / result["step_sec"]["value"] - 1,
+            }
+        )
+    largest = max(setups, key=lambda result: result["num_ranks"])
+    step = step_of(largest)
+    if step is None:
+        return None
+    networks = []
+    for network in NETWORKS:
+
+        def across(size: float, count: int, network: Network = network) -> float:
+            return hierarchical_sec(size, count, network)
+
+        shares = [[count, step.alone_sec / step_sec(step, count, across)] for count in COUNTS]
+        networks.append({"name": network.name, "efficiency": shares})
+    return {"checked": checked, "networks": networks}

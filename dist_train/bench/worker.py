@@ -1,0 +1,214 @@
+"""One rank of one launch of the benchmark: `torchrun ... -m dist_train.bench.worker SPEC`.
+
+Rank 0 writes what all ranks measured into the file that the specification names.
+"""
+
+import gc
+import json
+import random
+import resource
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_train.bench.clock import clock_for
+from dist_train.bench.machine_speed import (
+    Reference,
+    data_sheet_peak,
+    flops_of_a_sample,
+    product_rate,
+)
+from dist_train.bench.steady import warm_up_length
+from dist_train.bench.ways import WAYS, Steps
+from dist_train.claim import open_run
+from dist_train.config import Config
+from dist_train.config.arguments import Parser, add_run_options, compose_request
+from dist_train.data.loaders import open_data
+from dist_train.distributed import Ranks, shorten_timeouts, start_ranks
+from dist_train.plan import make_plan
+from dist_train.start import (
+    build_parts,
+    find_micro_batch_size,
+    start_left_out_of_collections,
+    throw_away_step,
+)
+from dist_train.watchdog import watch
+
+BLOCK_SEC = 0.4
+MOST_STEPS = 200  # of a block
+WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
+LEAST_ROUNDS = 4
+REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+REDUCE_SEC = 0.15  # spent on one size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What a launch is to do; written by dist_train.bench.launches."""
+
+    out: str  # a file
+    seconds: float  # of measuring, after the warm-up
+    seed: int  # of the order of the ways
+    begun: float  # time.time() when the launch was begun
+
+
+def main() -> None:
+    """Measure; a failure is the launcher's to tell."""
+    parser = Parser(prog="dist_train.bench.worker")
+    parser.add_argument("--spec", required=True)
+    add_run_options(parser)
+    options = parser.parse_intermixed_args(sys.argv[1:])
+    spec = Spec(**json.loads(options.spec))
+    found = measure(compose_request(options).config, spec)
+    if found is not None:
+        Path(spec.out).write_text(json.dumps(found))
+
+
+def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
+    """Return what all ranks measured, on rank 0. Collective."""
+    with start_ranks(config) as ranks, open_run(config, ranks) as run:
+        with watch(config, ranks, run.path, run.warn):
+            data = open_data(config, ranks)
+            parts = build_parts(config, make_plan(config, data.num_train), data, run)
+            find_micro_batch_size(parts, data, run)
+            throw_away_step(parts, data, step=0)
+            shorten_timeouts(ranks, config.parallel.step_timeout_sec)
+            steps = Steps(parts, data)
+            first_sec = sum(steps.block("full", 1))
+            ready_sec = time.time() - spec.begun
+            with start_left_out_of_collections():
+                mine: dict[str, Any] = {
+                    "rank": ranks.rank,
+                    "host": socket.gethostname(),
+                    "first_step_sec": first_sec,
+                    "start_to_first_step_sec": ready_sec,
+                }
+                mine |= _warm_up(steps, ranks)
+                ways: list[str] = list(WAYS)
+                if config.parallel.sync_batchnorm:  # its forward waits for the others
+                    ways = ["full", "ready"]
+                mine |= _rounds(steps, ranks, mine["step_sec"], ways, spec, parts.precision)
+                mine |= _once(steps, parts, ranks)
+        parts.replica.close()
+        everyone = ranks.gather(mine)
+    return {"ranks": everyone} if ranks.rank == 0 else None
+
+
+def _warm_up(steps: Steps, ranks: Ranks) -> dict[str, Any]:
+    """Take steps until their times are steady on all ranks. Collective."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while True:
+        times += steps.block("full", _block_length(times, ranks))
+        spent = time.monotonic() - begun
+        length = warm_up_length(times)
+        moving = length is None or spent < WARM_LEAST_SEC
+        if not ranks.any(moving) or ranks.any(spent > WARM_MOST_SEC):
+            break
+    rest = sorted(times[length or 0 :])
+    return {
+        "warm_up_steps": length if length is not None else len(times),
+        "warm_up_sec": spent,
+        "steady": length is not None,
+        "step_sec": rest[len(rest) // 2],
+    }
+
+
+def _block_length(times: list[float], ranks: Ranks) -> int:
+    """Return how many steps a block has: the same on all ranks. Collective."""
+    if not times:
+        return 2
+    recent = sorted(times[-50:])
+    wish = int(BLOCK_SEC / max(1e-6, recent[len(recent) // 2]))
+    return max(2, min(MOST_STEPS, min(ranks.gather(wish))))
+
+
+def _rounds(
+    steps: Steps,
+    ranks: Ranks,
+    step_sec: float,
+    ways: list[str],
+    spec: Spec,
+    precision: str,
+) -> dict[str, Any]:
+    """Take blocks of all ways in turns. Collective."""
+    length = _block_length([step_sec], ranks)
+    blocks: dict[str, list[list[float]]] = {way: [] for way in ways}
+    phases: list[list[list[float]]] = []
+    references, products = [], []
+    reference, dice = Reference(ranks.device), random.Random(spec.seed)
+    end = time.monotonic() + spec.seconds
+    for number in range(1_000_000):
+        late = time.monotonic() > end and number >= LEAST_ROUNDS
+        if ranks.any(late):
+            break
+        references.append(reference.seconds())
+        products.append(product_rate(ranks.device, precision))
+        for way in dice.sample(ways, len(ways)):
+            gc.collect(0)
+            blocks[way].append(steps.block(way, length))
+            if way == "bare":
+                phases.append(steps.phases)
+    return {
+        "blocks": blocks,
+        "phases": phases,
+        "reference_sec": references,
+        "product_flops_per_sec": products,
+        "block_steps": length,
+    }
+
+
+def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
+    """Measure what need not be repeated in turns. Collective."""
+    device = ranks.device
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    if device.type == "cuda":
+        memory = float(torch.cuda.max_memory_allocated(device))
+    return {
+        "memory_bytes": memory,
+        "flops_per_sample": flops_of_a_sample(parts.replica.module, steps.batch, parts.precision),
+        "peak_flops_per_sec": data_sheet_peak(device, parts.precision),
+        "batch_size": len(steps.batch),
+        "global_batch_size": steps.batch.global_size,
+        "micro_batch_size": parts.recovery.micro_batch_size,
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in parts.replica.params),
+        "gradient_times": steps.gradient_times(),
+        "all_reduce": _all_reduces(ranks),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "sync": parts.replica.form,
+        "precision": parts.precision,
+    }
+
+
+def _all_reduces(ranks: Ranks) -> list[tuple[int, float]]:
+    """Return (bytes, seconds) of all-reduces of growing size: the median of each. Collective."""
+    found: list[tuple[int, float]] = []
+    if ranks.control is None:
+        return found
+    clock = clock_for(ranks.device)
+    for size in REDUCED:
+        tensor = torch.zeros(max(1, size // 4), device=ranks.device)
+        times: list[float] = []
+        begun = time.monotonic()
+        while True:
+            ranks.barrier()
+            clock.mark()
+            dist.all_reduce(tensor)
+            clock.mark()
+            times += clock.take()
+            done = len(times) >= 5 and time.monotonic() - begun > REDUCE_SEC
+            if ranks.any(done):
+                break
+        found.append((size, sorted(times)[len(times) // 2]))
+    return found
+
+
+if __name__ == "__main__":
+    main()
