@@ -1,6 +1,8 @@
 """This toolkit's own loop: `train` as a user calls it, every guard on, its batches ready-made."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -15,6 +17,8 @@ from dist_train.data.loaders import Data
 from dist_train.distributed import Ranks
 from dist_train.order import GlobalOrderSampler
 from dist_train.train import train
+
+LIMIT_SEC = 60.0
 
 
 class ReadyBatches:
@@ -87,5 +91,15 @@ def ours(job: Job) -> dict[str, Tensor]:
 
     with patch("dist_train.train.open_data", open_ready):
         train(compose(words).config)
+    _wait_for(job.folder / "run" / "summary.json")  # rank 0's last save comes before it
     [newest] = sorted((job.folder / "run" / "checkpoints").glob("step_*"))[-1:]
     return load_state((newest / "state.pt").read_bytes())["model"]
+
+
+def _wait_for(path: Path) -> None:
+    """Wait for a file of rank 0: the other ranks are done before it is."""
+    end = time.monotonic() + LIMIT_SEC
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} did not come within {LIMIT_SEC:.0f} s")
+        time.sleep(0.05)
