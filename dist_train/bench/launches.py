@@ -128,7 +128,9 @@ class LaunchFailedError(RuntimeError):
 def _starter(setup: Setup) -> list[str]:
     if "SLURM_JOB_ID" in os.environ and setup.num_nodes > 0:
         each = setup.num_ranks // setup.num_nodes
-        steps = ["srun", f"--nodes={setup.num_nodes}", f"--ntasks-per-node={each}"]
+        # --ntasks too: that of the allocation is in the environment
+        steps = ["srun", f"--nodes={setup.num_nodes}", f"--ntasks={setup.num_ranks}"]
+        steps += [f"--ntasks-per-node={each}"]
         return [*steps, "--kill-on-bad-exit=1", sys.executable]
     if setup.num_ranks == 1:
         return [sys.executable]
