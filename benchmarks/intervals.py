@@ -1,26 +1,20 @@
 """Means with their 95 % intervals, and tables between markers in a Markdown file."""
 
-import math
+import os
 import platform
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+from dist_train.bench.intervals import mean_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
-# Student's t, two-sided 95 %, by degrees of freedom from 1 on; beyond them 1.96 + 2.4 / df.
-T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and half the width of its 95 % interval (Student's t); inf for one value."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return mean, math.inf
-    freedom = count - 1
-    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
-    return mean, t * statistics.stdev(values) / math.sqrt(count)
+    found = mean_of(values)
+    return found.value, found.high - found.value
 
 
 def machine() -> dict[str, str]:
@@ -31,17 +25,10 @@ def machine() -> dict[str, str]:
 
     return {
         "cpu": cpu_name(),
-        "cores": str(len_of_affinity()),
+        "cores": str(len(os.sched_getaffinity(0))),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def len_of_affinity() -> int:
-    """Return how many cores this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def write_between(path: Path, name: str, text: str) -> None:
