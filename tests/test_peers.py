@@ -49,7 +49,7 @@ def test_differences_are_paired_by_round() -> None:
     about = {"case": "tiny", "date": "2026-01-01", "machine": {}, "versions": {}}
     [line] = [x for x in make_table({"runs": runs, **about}).splitlines() if "| ours |" in x]
     assert "| 1,311 |" in line
-    assert "| +11 ± 2 |" in line
+    assert "| +11 +- 2 |" in line
 
 
 def test_peers_that_did_another_job_are_refused() -> None:

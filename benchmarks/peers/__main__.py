@@ -159,7 +159,7 @@ def _over(here: list[dict[str, Any]], mine: list[dict[str, Any]], base: str) -> 
     if not differences or mine[0]["peer"] == base:
         return ""
     mean, half = mean_and_half_width(differences)
-    return f"{mean:+.0f} ± {half:.0f}"
+    return f"{mean:+.0f} +- {half:.0f}"
 
 
 def _versions(python: str) -> dict[str, str]:
