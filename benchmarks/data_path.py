@@ -1,10 +1,11 @@
-"""The data path by itself and in training: `python benchmarks/data_path.py`, one JSON object.
+"""The data path by itself and in training: `python -m benchmarks.data_path`, one JSON object.
 
 Pictures a second and core, by the CPU's clock, of crop, flip, cutout and normalisation; then
 ResNet-9 trained from the loader against the same loop on one batch that is always ready. All in
 turns, each ratio of one round.
 """
 
+import contextlib
 import json
 import random
 import sys
@@ -177,7 +178,9 @@ class _Taking:
 
 def main() -> int:
     """Measure and print; returns the exit code."""
-    result = {"machine": machine(), "loading": loading(), "training": training()}
+    with contextlib.redirect_stdout(sys.stderr):  # the run's own lines
+        trained = training()
+    result = {"machine": machine(), "loading": loading(), "training": trained}
     print(json.dumps(result, indent=1))
     return 0
 

@@ -80,7 +80,7 @@ class Replica:
         The gradients are those of the global batch, so every rank finds the same norm.
         """
         norm = self.gradients.norm()
-        if max_norm is not None:  # a norm at the limit does not divide by zero
+        if max_norm is not None:  # 1e-6, as in torch: a norm of zero divides nothing
             self.gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

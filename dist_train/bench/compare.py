@@ -8,7 +8,6 @@ from dist_train.bench.breakdown import MEANS, PARTS
 from dist_train.bench.intervals import T_95
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
-SURE = 1.0  # times the half width of the 95 % interval
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
@@ -28,7 +27,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
         machine, _ = _log_change(
             before["reference_sec_of_launches"], result["reference_sec_of_launches"]
         )
-        told = abs(change) > SURE * half and abs(math.expm1(change)) >= LEAST_CHANGE
+        told = abs(change) > half and abs(math.expm1(change)) >= LEAST_CHANGE
         lines.append(
             {
                 "num_ranks": result["num_ranks"],

@@ -23,7 +23,6 @@ from dist_train.tasks import classification as task
 from dist_train.train import train_step
 
 WAYS = ("full", "ready", "alone", "bare")
-PHASES = ("forward", "backward", "optimizer")
 ENDLESS = 1 << 40  # steps
 
 
@@ -51,7 +50,7 @@ class Steps:
         self._meters = {way: Meter(ranks, plan) for way in ("full", "ready")}
         self._meters["alone"] = Meter(self._alone, plan)
         self._clock: Clock = clock_for(ranks.device)
-        self.phases: list[list[float]] = []  # of the last bare block: PHASES of each step
+        self.phases: list[list[float]] = []  # of the last bare block: forward, backward, optimizer
 
     def block(self, way: str, count: int) -> list[float]:
         """Take `count` steps; returns the seconds of each. Collective, waits for the device."""

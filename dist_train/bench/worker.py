@@ -3,7 +3,6 @@
 Rank 0 writes what all ranks measured into the file that the specification names.
 """
 
-import gc
 import json
 import random
 import resource
@@ -151,7 +150,6 @@ def _rounds(
         references.append(reference.seconds())
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(ways, len(ways)):
-            gc.collect(0)
             blocks[way].append(steps.block(way, length))
             if way == "bare":
                 phases.append(steps.phases)

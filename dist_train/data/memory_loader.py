@@ -56,7 +56,6 @@ class MemoryLoader:
         self._normalise = Normaliser(mean, std, (height, width, channels), device)
         # What moves whole rows on the CPU mirrors once; further out one index a pixel does it.
         self._on_host = device.type == "cpu" and config.crop_padding < min(height, width)
-        self._pictures = train.images
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -107,9 +106,8 @@ class MemoryLoader:
         cuts = draw_cuts(config, sample_uniform(key, indices, 5), height, width)
         rows = copied_to(device, indices)
         if self._on_host:
-            images = augmented_on_host(
-                self._pictures, indices, cuts, config.cutout, self._normalise
-            )
+            pictures = self._images.numpy()  # the same memory
+            images = augmented_on_host(pictures, indices, cuts, config.cutout, self._normalise)
         else:
             packed = copied_to(device, packed_cuts(cuts, len(indices)))
             images = augmented_on_device(self._images, rows, packed, config, self._normalise)
