@@ -18,7 +18,8 @@ STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
-.PHONY: help train test test-exhaustive test-slurm check check-static reliability bench-peers \
+.PHONY: help train test test-exhaustive test-slurm check check-static reliability bench \
+  bench-peers \
   gpu-check clean
 
 help: ## show the targets
@@ -49,6 +50,10 @@ check-static: $(STAMP) ## format, lint and types
 
 reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8" N=100 (N=small: a few minutes)
 	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
+
+bench: $(STAMP) bench-peers ## all of this repository's measurements, on an idle machine: two hours
+	$(BIN)/python -m benchmarks run $(ARGS)
+	$(BIN)/python -m benchmarks table --write
 
 bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in other frameworks: an idle machine, 45 minutes
 	$(BIN)/python -m benchmarks.peers run $(ARGS)

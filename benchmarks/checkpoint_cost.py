@@ -1,97 +1,234 @@
-"""What a checkpoint costs: `python benchmarks/checkpoint_cost.py [FOLDER]`, as one JSON object.
+"""What a checkpoint costs: `python -m benchmarks run checkpoint`.
 
-ResNet-18 with SGD's momentum (90 MB). In turns: a save that training waits for to its end, and one
-that only copies the state and leaves the rest to the thread; then reading and verifying.
+ResNet-18 with SGD's momentum, 90 MB. In turns: a bare copy of the bytes, what a step waits for when
+it saves, the whole save, the same with torch.save and with PyTorch's distributed checkpoint. Then
+training with a save every 20 steps against training without, in pairs of blocks.
 """
 
-import json
-import platform
-import statistics
-import sys
+import contextlib
+import os
+import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from benchmarks.intervals import mean_and_half_width, plus_minus
 from dist_train.checkpoint import load_state
-from dist_train.checkpoint_folder import name_of, read_verified
+from dist_train.checkpoint_folder import list_checkpoints, name_of, read_verified
 from dist_train.checkpoint_writer import CheckpointWriter
+from dist_train.claim import open_run
+from dist_train.config.compose import compose
+from dist_train.data.feed import Feed
+from dist_train.data.loaders import open_data
+from dist_train.distributed import start_ranks
+from dist_train.metrics import Meter
 from dist_train.models.resnet18 import resnet18_cifar
+from dist_train.order import GlobalOrderSampler
+from dist_train.plan import make_plan
+from dist_train.start import build_parts, throw_away_step
+from dist_train.step import train_step
 
-TRIALS = 15
+ROUNDS = 15
+PAIRS, STEPS = 12, 20
+COPY = "a bare copy of the bytes, one thread"
+STALL = "here: what the step waits for"
+WHOLE = "here: the whole save, hashed and synced"
+TORCH_SAVE = "torch.save to a file, synced"
+DCP_STALL = "distributed checkpoint, async_save: what the step waits for"
+DCP_WHOLE = "distributed checkpoint, async_save: the whole save"
 
 
-def state_of(device: str) -> dict[str, object]:
+def state_of() -> dict[str, Any]:
     """Return the state of a ResNet-18 that SGD with momentum has taken a step with."""
-    model = resnet18_cifar(num_classes=10).to(device)
+    model = resnet18_cifar(num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.zeros(2, 3, 32, 32, device=device)).sum().backward()
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long `work` takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return every tensor of a state."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    """Return median, least and most, in ms."""
-    in_ms = [round(1000 * t, 2) for t in times]
-    return {"median_ms": statistics.median(in_ms), "least_ms": min(in_ms), "most_ms": max(in_ms)}
+def saving(folder: Path) -> dict[str, Any]:
+    """Return milliseconds of every way to save, and how many times the bare copy each takes."""
+    state = state_of()
+    sources = [t.detach().reshape(-1).numpy() for t in tensors_of(state)]
+    targets = [np.zeros_like(source) for source in sources]
+    errors: list[str] = []
+    writer = CheckpointWriter(
+        folder / "ours", keep_last=2, on_saved=lambda step: None, on_error=errors.append
+    )
+    times: dict[str, list[float]] = {}
+    steps = 0
 
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            np.copyto(target, source)
 
-def main() -> int:
-    """Measure and print; returns the exit code."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    state, data = state_of(device), b""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as name:
-        folder = Path(name) / "checkpoints"
-        writer = CheckpointWriter(
-            folder, keep_last=2, on_saved=lambda step: None, on_error=lambda text: sys.exit(text)
-        )
-        whole, stall, thread, reading, loading = [], [], [], [], []
-
-        def save(step: int) -> None:
-            writer.save(state, step=step, best_step=None)
-
-        first = seconds(lambda: save(0))
+    def ours() -> None:
+        nonlocal steps
+        steps += 1
+        start = time.perf_counter()
+        writer.save(state, step=steps, best_step=None)
+        note(STALL, start)
         writer.wait()
-        for trial in range(TRIALS):
-            whole.append(seconds(lambda t=trial: (save(2 * t + 1), writer.wait())))
-            stall.append(seconds(lambda t=trial: save(2 * t + 2)))
-            writer.wait()
-            assert writer.cost is not None
-            thread.append(writer.cost.thread_sec)
-            path = folder / name_of(2 * trial + 2)
-            reading.append(seconds(lambda p=path: read_verified(p)))
-            data = read_verified(path)
-            loading.append(seconds(lambda d=data: load_state(d)))
-        writer.close()
-    ratios = [s / w for s, w in zip(stall, whole, strict=True)]
-    record = {
-        "what": "a checkpoint of ResNet-18 with SGD momentum",
-        "mib": round(len(data) / 2**20, 1),
-        "n": TRIALS,
-        "device": device,
-        "machine": platform.processor() or platform.machine(),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "save_waited_for": spread(whole),
-        "stall_of_the_step": spread(stall),
-        "stall_of_the_first_save_ms": round(1000 * first, 1),
-        "stall_over_waited_for": round(statistics.median(ratios), 4),
-        "thread_cpu": spread(thread),
-        "read_and_verify": spread(reading),
-        "load": spread(loading),
+        note(WHOLE, start)
+
+    def torch_save() -> None:
+        start = time.perf_counter()
+        with (folder / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        note(TORCH_SAVE, start)
+
+    def dcp_save() -> None:
+        start = time.perf_counter()
+        saved: Any = async_save(state, checkpoint_id=folder / "dcp")
+        note(DCP_STALL, start)
+        saved.result()
+        note(DCP_WHOLE, start)
+        shutil.rmtree(folder / "dcp")
+
+    def bare() -> None:
+        start = time.perf_counter()
+        copy()
+        note(COPY, start)
+
+    def note(name: str, start: float) -> None:
+        times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
+
+    ways: list[Callable[[], None]] = [bare, ours, torch_save, dcp_save]
+    for way in ways:
+        way()  # the first time memory is fresh and modules are imported
+    times.clear()
+    dice = random.Random(0)
+    for _ in range(ROUNDS):
+        for way in dice.sample(ways, len(ways)):
+            way()
+    writer.close()
+    assert not errors, errors
+    path = folder / "ours" / name_of(steps)
+    assert list_checkpoints(folder / "ours")[0] == path
+    start = time.perf_counter()
+    load_state(read_verified(path))
+    reading = 1000 * (time.perf_counter() - start)
+    return {
+        "bytes": sum(source.nbytes for source in sources),
+        "ways": {
+            name: {
+                "ms": mean_and_half_width(found),
+                "times_copy": mean_and_half_width(
+                    [a / b for a, b in zip(found, times[COPY], strict=True)]
+                ),
+            }
+            for name, found in times.items()
+        },
+        "verified_and_loaded_ms": reading,
+        "rounds": ROUNDS,
     }
-    sys.stdout.write(json.dumps(record, indent=1) + "\n")
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def training(folder: Path) -> dict[str, Any]:
+    """Return the share of the speed that is left with a save every 20 steps, over pairs."""
+    words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=128"]
+    words += ["device=cpu", "precision=bf16", "checkpoint.every_steps=20", "eval.every_epochs=null"]
+    config = compose([*words, f"run_dir={folder}/run"]).config
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(start_ranks(config))
+        run = stack.enter_context(open_run(config, ranks))
+        data = open_data(config, ranks)
+        plan = make_plan(config, data.num_train)
+        parts = build_parts(config, plan, data, run)
+        stack.callback(parts.replica.close)
+        meter = Meter(ranks, plan)
+        progress = run.resume(parts, meter, data.fingerprint())
+        throw_away_step(parts, data, step=0)
+        run.open_writer(stack)
+        sampler = GlobalOrderSampler(
+            data.num_train,
+            global_batch_size=plan.global_batch_size,
+            rank=0,
+            world_size=1,
+            seed=0,
+        )
+        feed = Feed(data.loader, sampler, 10**9)
+
+        def block(*, save: bool) -> float:
+            start = time.perf_counter()
+            for number in range(STEPS):
+                train_step(parts, feed, step=progress.step)
+                progress.step += 1
+                if save and number == 0:  # the thread then writes beside the steps that follow
+                    parts.drift.check(progress.step)
+                    run.save(parts, progress, meter)
+            return time.perf_counter() - start
+
+        block(save=True)
+        dice, shares = random.Random(0), []
+        for _ in range(PAIRS):
+            sec = {save: block(save=save) for save in dice.sample((False, True), 2)}
+            shares.append(sec[False] / sec[True])
+        step_ms = 1000 * block(save=False) / STEPS
+    return {
+        "share_of_speed": mean_and_half_width(shares),
+        "pairs": PAIRS,
+        "step_ms": step_ms,
+        "every_steps": STEPS,
+    }
+
+
+def measure() -> dict[str, Any]:
+    """Measure both."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained = training(folder)
+        store = HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            saved = saving(folder)
+        finally:
+            dist.destroy_process_group()
+    return {"saving": saved, "training": trained}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    saving, training = found["saving"], found["training"]
+    lines = [
+        f"A state of {saving['bytes'] / 1e6:.0f} MB (ResNet-18, SGD with momentum), "
+        f"{saving['rounds']} rounds in turns; the disk is the machine's own.",
+        "",
+        "| what | ms | times the bare copy |",
+        "|---|---|---|",
+    ]
+    for name, values in saving["ways"].items():
+        times = "" if name == COPY else plus_minus(values["times_copy"], 2)
+        lines.append(f"| {name} | {plus_minus(values['ms'], 1)} | {times} |")
+    mean, half = (100 * value for value in training["share_of_speed"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Reading, verifying and loading it: {saving['verified_and_loaded_ms']:.0f} ms. "
+            f"Training it (batches of 128, bf16, {training['step_ms']:.0f} ms a step) with a save "
+            f"every {training['every_steps']} steps runs at {mean:.1f} +- {half:.1f} % of the "
+            f"speed without ({training['pairs']} pairs).",
+        ]
+    )

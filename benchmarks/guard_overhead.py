@@ -1,6 +1,6 @@
 """What the guards cost a healthy step: the same loop with and without them, paired in one process.
 
-    python benchmarks/guard_overhead.py
+    python -m benchmarks run guards
 
 Without means: buffers not remembered, the norm not read, no heartbeats, replicas not compared; the
 watchdog's process (0.2 % of a core) runs in both. Blocks of steps with and without alternate, the
@@ -10,7 +10,6 @@ both alike.
 
 import contextlib
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -18,10 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.intervals import ROOT, mean_and_half_width
 from dist_train.claim import open_run
 from dist_train.config.compose import compose
 from dist_train.data.feed import Feed
@@ -30,12 +29,11 @@ from dist_train.distributed import start_ranks
 from dist_train.heartbeat import Pulse
 from dist_train.order import GlobalOrderSampler
 from dist_train.plan import make_plan
-from dist_train.run_folder import cpu_name
 from dist_train.start import build_parts, throw_away_step
-from dist_train.train import train_step
+from dist_train.step import train_step
 from dist_train.watchdog import watch
 
-NUM_RANKS = 2
+NUM_RANKS, FILE = 2, "found.json"
 CASES = {
     "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
     "ResNet-9, batch 64": ("model=resnet9", "train.global_batch_size=64", 4, 30),
@@ -62,7 +60,36 @@ def without_guards(parts: Any) -> Iterator[None]:
         buffers.remember, recovery.decide = remember, decide
 
 
-def measure(name: str, folder: str) -> dict[str, Any] | None:
+def measure() -> dict[str, Any]:
+    """Start two ranks for each case; return what they found."""
+    found = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={NUM_RANKS}", "-m", "benchmarks.guard_overhead"]
+            subprocess.run([*command, case, folder], check=True, stdout=sys.stderr, cwd=ROOT)
+            found.append(json.loads((Path(folder) / FILE).read_text()))
+    return {"cases": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"All guards on against all off, {NUM_RANKS} ranks, pairs of blocks.",
+        "",
+        "| net | step without, ms | the guards add | pairs |",
+        "|---|---|---|---|",
+    ]
+    for case in found["cases"]:
+        mean, half = (100 * value for value in case["overhead"])
+        lines.append(
+            f"| {case['case']} | {case['step_ms_without']:.1f} | {mean:+.2f} +- {half:.2f} % | "
+            f"{case['pairs']} |"
+        )
+    return "\n".join(lines)
+
+
+def measure_case(name: str, folder: str) -> dict[str, Any] | None:
     """Return rank 0's figures for one case; `folder` is the same on all ranks."""
     model, batch, steps, pairs = CASES[name]
     words = ["experiment=cifar10_tutorial", "data=synthetic", *model.split(), batch]
@@ -84,17 +111,14 @@ def measure(name: str, folder: str) -> dict[str, Any] | None:
         parts.replica.close()
     if ranks.rank != 0:
         return None
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    mean, half = mean_and_half_width(ratios)
     return {
         "case": name,
         "ranks": ranks.world_size,
         "pairs": pairs,
         "steps_a_block": steps,
         "step_ms_without": 1e3 * sec,
-        "overhead_percent": 100 * (middle - 1),
-        "quartiles_percent": [100 * (low - 1), 100 * (high - 1)],
-        "cpu": cpu_name(),
-        "torch": str(torch.__version__),
+        "overhead": [mean - 1, half],
     }
 
 
@@ -135,19 +159,8 @@ def _pairs(parts: Any, feed: Feed, steps: int, pairs: int) -> tuple[list[float],
     return ratios, statistics.median(bare)
 
 
-def main() -> None:
-    """Start two ranks for each case; as one of them, measure it."""
-    if "RANK" in os.environ:
-        found = measure(*sys.argv[1:])
-        if found is not None:
-            print(json.dumps(found, indent=1))
-        return
-    for case in sys.argv[1:] or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={NUM_RANKS}", __file__, case, folder]
-            subprocess.run(command, check=True)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # one of the ranks
+    case, run_folder = sys.argv[1:]
+    found_here = measure_case(case, run_folder)
+    if found_here is not None:
+        (Path(run_folder) / FILE).write_text(json.dumps(found_here))

@@ -17,6 +17,11 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return found.value, found.high - found.value
 
 
+def plus_minus(value: Sequence[float], digits: int) -> str:
+    """Return (mean, half of the interval) in words."""
+    return f"{value[0]:,.{digits}f} +- {value[1]:,.{digits}f}"
+
+
 def machine() -> dict[str, str]:
     """Return what results must be read with."""
     import torch

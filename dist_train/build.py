@@ -14,6 +14,8 @@ from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
 
+BACKEND = "inductor"  # of torch.compile
+
 
 def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     """Call model.factory with num_classes and model.args; weights are a function of the seed.
@@ -44,17 +46,49 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload] # both are accepted
 
 
+def compile_in_place(model: nn.Module) -> None:
+    """Let torch.compile make graphs of the forward and the backward, when they first run.
+
+    One for each shape of a batch: a graph for any shape would be made when the second one comes,
+    so that the bits of a step would depend on what was computed before it.
+    """
+    model.compile(backend=BACKEND, dynamic=False)
+
+
+def as_written(config: Config) -> AbstractContextManager[object]:
+    """Return the context in which a compiled model runs uncompiled: for hooks and counters."""
+    if not config.model.compile:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def precision_in_force(config: Config, device: torch.device) -> tuple[str, str | None]:
     """Return the precision to compute in, and a notice if it is not the one asked for.
 
-    A CPU without bf16 instructions emulates them, tens of times slower than fp32.
+    A CPU without bf16 instructions emulates them, tens of times slower than fp32; one with AMX, and
+    a GPU of capability 8.0 or newer, has units of its own for bf16.
     """
+    if config.precision == "auto":
+        return ("bf16" if _gains_from_bf16(device) else "fp32"), None
     if config.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         return "fp32", (
             "precision=bf16: this CPU has no bf16 instructions and would emulate them many times "
             "slower than fp32: computing in fp32"
         )
     return config.precision, None
+
+
+def agreed_precision(config: Config, ranks: Ranks) -> tuple[str, str | None]:
+    """Return the precision of all ranks, and a notice if it is not what was asked. Collective."""
+    mine, notice = precision_in_force(config, ranks.device)
+    everyone = ranks.gather(mine)
+    if len(set(everyone)) == 1:
+        return mine, notice
+    lacking = everyone.index("fp32")
+    return "fp32", (
+        f"precision={config.precision}: rank {lacking}'s {ranks.device.type.upper()} has no units "
+        "for bf16, others' have: all compute in fp32"
+    )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -79,6 +113,12 @@ def checked_logits(
     except (RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            told = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model.compile=true: torch cannot compile {factory}: {told}. Set "
+                "model.compile=false, or mend what it names"
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "
@@ -97,6 +137,13 @@ def checked_logits(
             "from model.args"
         )
     return logits
+
+
+def _gains_from_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
+    return bool(capabilities.get("amx_bf16", False))
 
 
 def _cpu_has_bf16() -> bool:

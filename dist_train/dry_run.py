@@ -65,7 +65,7 @@ def describe(config: Config) -> str:
             f"{peak_learning_rate(config.optim, plan.global_batch_size):g} at the "
             f"peak, {config.optim.schedule}, {plan.warmup_steps} warm-up steps",
         ),
-        ("precision", precision),
+        ("precision", precision + (" (auto)" if config.precision == "auto" else "")),
         (
             "memory",
             f"about {memory / 2**30:.2f} GiB a rank (weights, gradients, optimizer, "

@@ -63,6 +63,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     A fused SGD whose very first step is skipped would take uninitialised memory as momentum.
     """
+    _leave_dynamo_out()
     params = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in params if config.decay_norms_and_biases or p.ndim > 1]
     kept = {id(p) for p in decayed}
@@ -87,6 +88,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         for param in params:
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     return optimizer
+
+
+def _leave_dynamo_out() -> None:
+    """Keep torch's optimizers from importing torch._dynamo, a second of every start.
+
+    They ask it not to trace some of their methods, which it does only under torch.compile; that
+    is answered here once for all: torch/_compile.py looks for this mark before it imports.
+    """
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        if not hasattr(method, "__dynamo_disable"):
+            setattr(method, "__dynamo_disable", method)  # no attribute to a checker
 
 
 def lean_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -1,9 +1,10 @@
-"""The model as a rank trains it: wrapped in DDP, its gradients summed over the ranks, clipped.
+"""The model as a rank trains it: the same on all ranks, its gradients summed over them, clipped.
 
 With gradients.py and overlap.py the only files that know the wrappers and torch's versions.
 """
 
 import contextlib
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config import Config, ParallelConfig
+from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.distributed import Ranks
-from dist_train.gradients import Buffers, FlatGradients, Gradients, TreeGradients
+from dist_train.gradients import Buffers, FlatGradients, Gradients, TreeGradients, flat_views
 from dist_train.overlap import BucketGradients, is_tested
 
 
@@ -28,6 +29,11 @@ class Replica:
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks, config: Config) -> None:
+        """Give every rank rank 0's weights and buffers. Collective.
+
+        Raises:
+            ConfigError: the ranks have built models whose tensors differ in name, shape or type.
+        """
         if config.parallel.sync_batchnorm and ranks.control is not None:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self.module = module
@@ -35,8 +41,12 @@ class Replica:
         self.params = [p for p in module.parameters() if p.requires_grad]
         self.buffers = Buffers(module)
         overlap = config.parallel.sync == "overlap" and config.train.order == "fast"
-        wrapped = ranks.control is not None
-        self.ddp = _wrap(module, config.parallel, overlap=overlap) if wrapped else None
+        _check_alike(module, ranks)
+        self.ddp = None
+        if overlap and ranks.control is not None:
+            self.ddp = _wrap(module, config.parallel)
+        else:
+            self._begin_alike()
         self.recoverable = not config.parallel.sync_batchnorm  # its forward is collective
         self._loss_weight: tuple[int, Tensor] | None = None
         self.form = "flat"
@@ -45,7 +55,7 @@ class Replica:
             self.gradients: Gradients = TreeGradients(
                 self.params, ranks, self.buffers, config.train.num_shards
             )
-        elif self.ddp is not None and overlap:
+        elif self.ddp is not None:
             self.form = "overlap"
             self.recoverable = self.recoverable and is_tested(ranks)
             self.gradients = BucketGradients(
@@ -56,7 +66,7 @@ class Replica:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Forward; through DDP where its hooks reduce the gradients."""
-        if self.ddp is not None and self.form == "overlap":
+        if self.ddp is not None and self.form == "overlap":  # not while measured alone
             return self.ddp(images)
         return self.module(images)
 
@@ -110,8 +120,41 @@ class Replica:
             for buffer in self.module.buffers():
                 self.ranks.broadcast(buffer)
 
+    @torch.no_grad()
+    def _begin_alike(self) -> None:
+        """Give every rank rank 0's weights and buffers, as DDP does. Collective."""
+        if self.ranks.control is None:
+            return
+        params = list(self.module.parameters())
+        flat, views = flat_views(params)
+        for view, param in zip(views, params, strict=True):
+            view.copy_(param)
+        for buffer in flat:
+            self.ranks.broadcast(buffer)
+        for view, param in zip(views, params, strict=True):
+            param.copy_(view)
+        self.agree_on_buffers()
 
-def _wrap(module: nn.Module, config: ParallelConfig, *, overlap: bool) -> DistributedDataParallel:
+
+def _check_alike(module: nn.Module, ranks: Ranks) -> None:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    mine = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    digests = ranks.gather(hashlib.sha256("\n".join(mine).encode()).digest())
+    if len(set(digests)) == 1:
+        return
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    everyone = ranks.gather(mine)
+    first, theirs = everyone[0], everyone[other]
+    at = next((n for n, (a, b) in enumerate(zip(first, theirs, strict=False)) if a != b), None)
+    at = min(len(first), len(theirs)) if at is None else at
+    told = [(tensors[at] if at < len(tensors) else "nothing more") for tensors in (first, theirs)]
+    raise ConfigError(
+        f"the ranks have built different models: rank 0's tensor {at} is {told[0]}, rank "
+        f"{other}'s is {told[1]}; model.factory must not depend on the rank"
+    )
+
+
+def _wrap(module: nn.Module, config: ParallelConfig) -> DistributedDataParallel:
     # torch 2.15 renamed broadcast_buffers. Buffers are agreed on before an evaluation instead.
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
@@ -119,6 +162,6 @@ def _wrap(module: nn.Module, config: ParallelConfig, *, overlap: bool) -> Distri
     return DistributedDataParallel(
         module,
         find_unused_parameters=config.find_unused_parameters,
-        gradient_as_bucket_view=overlap,
+        gradient_as_bucket_view=True,
         **options,  # type: ignore[arg-type] # one boolean, under either name
     )

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dist_train.build import autocast, build_model, checked_logits, precision_in_force
+from dist_train.build import (
+    agreed_precision,
+    as_written,
+    autocast,
+    build_model,
+    checked_logits,
+    compile_in_place,
+)
 from dist_train.config import Config
 from dist_train.data.batch import Batch
 from dist_train.data.loaders import Data
@@ -31,9 +38,13 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         ConfigError: the model cannot be made; on all ranks.
     """
     ranks = run.ranks
-    precision, notice = precision_in_force(config, ranks.device)
+    precision, notice = agreed_precision(config, ranks)
     run.warn(data.notice, plan.notice, notice)
+    if config.precision == "auto":
+        run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
+    if config.model.compile:
+        compile_in_place(model)
     replica = Replica(model, ranks, config)
     if replica.form == "overlap" and not replica.recoverable:
         run.warn(
@@ -91,7 +102,8 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     def find() -> int:
         if ranks.device.type == "cuda":
             return largest_that_fits(whole, attempt)
-        each = bytes_per_sample(module, data.loader.image_shape)
+        with as_written(config):
+            each = bytes_per_sample(module, data.loader.image_shape)
         budget = SAFETY * host_memory_left() / ranks.local_world_size
         return max(1, min(whole, int(budget / max(1.0, each))))
 

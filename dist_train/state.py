@@ -110,6 +110,7 @@ def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
         "world_size": ranks.world_size,
         "parallel.sync": parts.replica.form,
         "precision": parts.precision,
+        "model.compile": parts.config.model.compile,
         "threads": torch.get_num_threads(),
         "device": cpu if ranks.device.type == "cpu" else torch.cuda.get_device_name(),
         "torch": str(torch.__version__),

@@ -19,6 +19,7 @@ SMALL = (
     "optim.warmup_epochs=0",
     "log_every=5",
     "threads=1",
+    "precision=fp32",
     "device=cpu",
     "checkpoint.exact_steps=true",
     "parallel.start_timeout_sec=60",

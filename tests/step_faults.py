@@ -70,6 +70,7 @@ class _RaiseInBackward(torch.autograd.Function):
 def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
     """Arm this rank's faults around `train(config)`."""
     from dist_train import overlap, parallel
+    from dist_train import step as step_module
     from dist_train import train as loop
     from dist_train.data.memory_loader import MemoryLoader
 
@@ -176,8 +177,8 @@ def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
 
         wrap(loop, "train_step", stepping)
         wrap(loop, "build_parts", building)
-        wrap(loop.task, "outcome", summing)
-        wrap(loop, "_accumulate", accumulating)
+        wrap(step_module.task, "outcome", summing)
+        wrap(step_module, "_accumulate", accumulating)
         wrap(MemoryLoader, "_augmented", loading)
         wrap(overlap.BucketGradients, "_hook", hooking)
         stack.enter_context(mock.patch.object(parallel, "DistributedDataParallel", SmallBuckets))

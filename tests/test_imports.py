@@ -50,7 +50,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("saved_states",),
     ("run",),
     ("endings",),
-    ("claim", "evaluation", "rollback", "start"),
+    ("claim", "evaluation", "rollback", "start", "step"),
     ("train",),
     ("bench", "differences", "doctor", "dry_run", "replay"),
     ("__main__",),

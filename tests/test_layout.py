@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_train import slurm_step
+from dist_train.build import precision_in_force
 from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.config.arguments import VERDICT_VARIABLE
 from dist_train.device import bind_device, check_precision, threads_of
@@ -256,6 +257,24 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> N
         check_precision(Config(precision="fp16"), cpu)
     with pytest.raises(ConfigError, match="SyncBatchNorm refuses CPU"):
         check_precision(Config(parallel=ParallelConfig(sync_batchnorm=True)), cpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "on_gpu", "on_cpu"),
+    [((7, 5), True, "fp32", "bf16"), ((8, 0), False, "bf16", "fp32")],
+)
+def test_the_precision_follows_the_hardware(
+    capability: tuple[int, int],
+    amx: bool,
+    on_gpu: str,
+    on_cpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Gpus(monkeypatch, 1, capability=capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert precision_in_force(Config(), torch.device("cuda", 0)) == (on_gpu, None)
+    assert precision_in_force(Config(), torch.device("cpu")) == (on_cpu, None)
+    assert precision_in_force(Config(precision="fp32"), torch.device("cuda", 0)) == ("fp32", None)
 
 
 @pytest.mark.parametrize(

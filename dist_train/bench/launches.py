@@ -17,6 +17,7 @@ from dist_train.config import ConfigError
 from dist_train.config.arguments import words_of
 
 Scaling = Literal["strong", "weak"]
+WORKER = "dist_train.bench.worker"
 LIMIT_SEC = 900.0  # beyond the time asked for
 SHOWN_LINES = 25
 # What would only disturb: a run that never ends, and touches its folder as little as it can.
@@ -100,7 +101,7 @@ def launch(setup: Setup, options: argparse.Namespace, *, threads: int, seed: int
         }
         words = [*words_of(options), *FIXED, f"run_dir={folder / 'run'}"]
         words += [f"train.global_batch_size={setup.global_batch_size}"]
-        command = [*_starter(setup), "-m", "dist_train.bench.worker", "--spec", json.dumps(spec)]
+        command = [*_starter(setup), "-m", WORKER, "--spec", json.dumps(spec)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with (folder / "output.txt").open("w+") as output:
             try:

@@ -152,7 +152,8 @@ def _peak_of(launches: Sequence[dict[str, Any]]) -> tuple[float, str]:
 def _median_reductions(launches: Sequence[dict[str, Any]]) -> list[list[float]]:
     rows = [launch["ranks"][0]["all_reduce"] for launch in launches]
     return [
-        [row[0][0], statistics.median(sec for _, sec in row)] for row in zip(*rows, strict=True)
+        [row[0][0], statistics.median(sec for _, sec in row)]
+        for row in zip(*rows, strict=False)  # a launch may have stopped at a smaller size
     ]
 
 

@@ -19,8 +19,8 @@ from dist_train.metrics import Meter
 from dist_train.order import GlobalOrderSampler, micro_batches
 from dist_train.progress import Progress
 from dist_train.state import Parts
+from dist_train.step import train_step
 from dist_train.tasks import classification as task
-from dist_train.train import train_step
 
 WAYS = ("full", "ready", "alone", "bare")
 ENDLESS = 1 << 40  # steps

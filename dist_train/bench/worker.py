@@ -25,6 +25,7 @@ from dist_train.bench.machine_speed import (
 )
 from dist_train.bench.steady import warm_up_length
 from dist_train.bench.ways import WAYS, Steps
+from dist_train.build import as_written
 from dist_train.claim import open_run
 from dist_train.config import Config
 from dist_train.config.arguments import Parser, add_run_options, compose_request
@@ -45,6 +46,7 @@ WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
 LEAST_ROUNDS = 4
 REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 REDUCE_SEC = 0.15  # spent on one size
+LONG_SEC = 0.5  # once an all-reduce takes so long, larger ones are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,12 +167,14 @@ def _rounds(
 def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
     """Measure what need not be repeated in turns. Collective."""
     device = ranks.device
+    with as_written(parts.config):
+        flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     if device.type == "cuda":
         memory = float(torch.cuda.max_memory_allocated(device))
     return {
         "memory_bytes": memory,
-        "flops_per_sample": flops_of_a_sample(parts.replica.module, steps.batch, parts.precision),
+        "flops_per_sample": flops,
         "peak_flops_per_sec": data_sheet_peak(device, parts.precision),
         "batch_size": len(steps.batch),
         "global_batch_size": steps.batch.global_size,
@@ -205,6 +209,8 @@ def _all_reduces(ranks: Ranks) -> list[tuple[int, float]]:
             if ranks.any(done):
                 break
         found.append((size, sorted(times)[len(times) // 2]))
+        if ranks.any(found[-1][1] > LONG_SEC):
+            break
     return found
 
 

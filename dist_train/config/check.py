@@ -134,6 +134,11 @@ def _check_fixed_order(config: Config) -> None:
             f"threads={config.threads}: train.order=fixed needs one thread a rank, since sums "
             "depend on their number: unset threads"
         )
+    if config.model.compile:
+        raise ConfigError(
+            "model.compile=true may add up in another order for another shape: unset it for "
+            "train.order=fixed"
+        )
     if config.parallel.sync == "overlap":
         raise ConfigError(
             "parallel.sync=overlap adds up in DDP's order: unset it for train.order=fixed"

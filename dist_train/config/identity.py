@@ -35,6 +35,7 @@ NOT_IN_HASH = (
     "data.num_workers",
     "data.eval_batch_size",
     "model.activation_checkpointing",
+    "model.compile",
     "checkpoint.",
     "guards.",
     "profile.",

@@ -36,6 +36,7 @@ class ModelConfig:
     factory: str = "dist_train.models:resnet9"
     args: dict[str, Any] = field(default_factory=dict)
     activation_checkpointing: bool = False
+    compile: bool = False  # by torch.compile: forward and backward, one graph for each shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +171,8 @@ class Config:
     deterministic: bool = False
     threads: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # auto: bf16 where the hardware has units for it (GPUs from 8.0 on, AMX), else fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     log_every: int = 20  # steps
     train: TrainConfig = field(default_factory=TrainConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,0 +1,78 @@
+"""This repository's own measurements: `python -m benchmarks run [NAMES]`, then `table --write`.
+
+Each leaves one JSON file in benchmarks/results and a table in benchmarks/RESULTS.md. They want a
+machine that does nothing else.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+from benchmarks import bench_truth, checkpoint_cost, data_path, guard_overhead, scaling
+from benchmarks.intervals import RESULTS, ROOT, machine, write_between
+
+FOLDER = ROOT / "benchmarks" / "results"
+MEASURED: dict[str, ModuleType] = {
+    "data_path": data_path,
+    "guards": guard_overhead,
+    "checkpoint": checkpoint_cost,
+    "scaling": scaling,
+    "truth": bench_truth,
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runs = verbs.add_parser("run", help="measure, one after the other, and keep what was found")
+    runs.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURED)}")
+    tables = verbs.add_parser("table", help="print the tables of all that was measured")
+    tables.add_argument("--write", action="store_true", help="put them into benchmarks/RESULTS.md")
+    asked = parser.parse_args()
+    if asked.verb == "table":
+        for name, text in _tables().items():
+            if asked.write:
+                write_between(RESULTS, name, text)
+            else:
+                print(f"## {name}\n\n{text}\n")
+        return
+    wrong = [name for name in asked.names if name not in MEASURED]
+    if wrong:
+        parser.error(f"{', '.join(wrong)} is none of {', '.join(MEASURED)}")
+    for name in asked.names or MEASURED:
+        begun = time.monotonic()
+        with contextlib.redirect_stdout(sys.stderr):  # what the runs themselves say
+            found = MEASURED[name].measure()
+        record = {
+            "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"),
+            "wall_sec": round(time.monotonic() - begun, 1),
+            "found": found,
+        }
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"## {name}\n\n{_table(name, record)}\n", flush=True)
+
+
+def _tables() -> dict[str, str]:
+    """Return the table of every measurement that there is a file of."""
+    paths = {name: FOLDER / f"{name}.json" for name in MEASURED}
+    return {
+        name: _table(name, json.loads(path.read_text()))
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _table(name: str, record: dict[str, Any]) -> str:
+    where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    return f"{record['date']}; {where}.\n\n{MEASURED[name].table(record['found'])}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Whether `dist-train bench` tells the truth: `python -m benchmarks run truth`.
+
+causes: late batches, a slow rank, a slow link: is each named as what to change first? scale: the
+model of scale against step times measured over a link with a delay, and on 4 and 8 ranks that
+sleep instead of computing. compare: do two reports of the same code differ, and of slower code?
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.bench_faults import VARIABLE
+from benchmarks.intervals import ROOT
+from benchmarks.reliability.cable import ADDRESSES, DEVICE, Cable, why_no_cable
+from dist_train.bench import launches, main
+from dist_train.bench.advice import advice_for
+from dist_train.bench.launches import FIXED, Setup
+from dist_train.bench.results import results_of
+from dist_train.bench.scale import predictions
+
+WORKER = "benchmarks.bench_faults"
+SMALL_STEP = (  # some 20 ms on one core
+    "experiment=cifar10_tutorial",
+    "data=synthetic",
+    "device=cpu",
+    "train.global_batch_size=96",
+    "threads=1",
+)
+SLEEPING = (
+    *SMALL_STEP,
+    "train.global_batch_size=16",
+    "model.factory=benchmarks.bench_faults:sleeping_net",
+    "model.args={size: 100000}",
+)
+CAUSES = {"data 0.005": "data", "slow 1.5": "waiting", "link 0.005": "all_reduce"}
+DELAYS_SEC = (0.0, 0.001, 0.005)
+COUNTS = (4, 8)
+TRIES, SLOWER = 10, 0.05
+SECONDS, LIMIT_SEC, PORT = 3.0, 240.0, 29500
+
+
+def measure() -> dict[str, Any]:
+    """Measure all three."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    return {"causes": causes(), "scale": scale(), "compare": compare()}
+
+
+def causes() -> list[dict[str, Any]]:
+    """Return for each fault what was named, and what the largest parts were."""
+    found = []
+    for fault, part in CAUSES.items():
+        word, amount = fault.split()
+        if word == "link":
+            result = over_a_link(SMALL_STEP, float(amount))
+        else:
+            result = here(SMALL_STEP, 2, fault)
+        if result is None:
+            found.append({"fault": fault, "not_run": why_no_cable()})
+            continue
+        advice = advice_for(result)
+        assert advice is not None
+        told = {"fault": fault, "wanted": part, "named": advice["part"], "text": advice["text"]}
+        found.append(told | {"parts_sec": result["parts_sec"]})
+        say(f"{fault}: {advice['part']}: {advice['text']}")
+    return found
+
+
+def scale() -> list[dict[str, Any]]:
+    """Return predicted and measured step times over links with a delay, and on many ranks."""
+    found = []
+    cases: list[tuple[str, dict[str, Any] | None]] = [
+        (f"2 ranks, {1000 * delay:g} ms of delay each way", over_a_link(SMALL_STEP, delay))
+        for delay in DELAYS_SEC
+    ]
+    cases += [(f"{count} ranks that sleep", here(SLEEPING, count)) for count in COUNTS]
+    for name, result in cases:
+        if result is None:
+            found.append({"case": name, "not_run": why_no_cable()})
+            continue
+        told = predictions([result])
+        assert told is not None
+        [check] = told["checked"]
+        found.append({"case": name} | check)
+        say(f"{name}: predicted {check['predicted_sec']:.5f} s, error {check['error']:+.1%}")
+    return found
+
+
+def compare() -> dict[str, Any]:
+    """Return in how many tries a change was told, of the same code and of slower code."""
+    options = ["--nproc", "1", "--scaling", "strong", "--seconds", "2", "--repeats", "4"]
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(launches, "WORKER", WORKER):
+        folder = Path(name)
+
+        def report(number: str, *more: str) -> dict[str, Any]:
+            file = folder / f"{number}.json"
+            assert main.main([*options, "--json", str(file), *more, *SMALL_STEP]) == 0
+            return json.loads(file.read_text())
+
+        same, slower = [], []
+        report("0")
+        for number in range(TRIES):
+            before = ["--compare", str(folder / f"{number}.json")]
+            now = report(str(number + 1), *before)
+            same.append(now["compared"][0])
+            sec = SLOWER * now["setups"][0]["step_sec"]["value"]
+            before = ["--compare", str(folder / f"{number + 1}.json")]
+            with mock.patch.dict(os.environ, {VARIABLE: f"sleep {sec}"}):
+                slower.append(report(f"slower {number}", *before)["compared"][0])
+            told = [f"{lines[-1]['change']:+.1%}" for lines in (same, slower)]
+            say(f"try {number + 1}: the same code {told[0]}, slower code {told[1]}")
+    return {
+        "tries": TRIES,
+        "slower_by": SLOWER,
+        "same": same,
+        "slower": slower,
+        "same_told": sum(line["changed"] for line in same),
+        "slower_told": sum(line["changed"] and line["change"] > 0 for line in slower),
+    }
+
+
+def here(words: tuple[str, ...], count: int, fault: str | None = None) -> dict[str, Any]:
+    """Return the result of `count` ranks on this machine."""
+    [command] = [
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+            *[f"--nproc-per-node={count}", "-m", WORKER],
+        ]
+    ]
+    environment = {VARIABLE: fault} if fault else {}
+    return _result(words, count, [command], environment)
+
+
+def over_a_link(words: tuple[str, ...], delay_sec: float) -> dict[str, Any] | None:
+    """Return the result of two ranks whose packets take `delay_sec` each way; None: no link."""
+    if why_no_cable() is not None:
+        return None
+    with Cable(seed=0) as cable:
+        cable.delay_sec = delay_sec
+        commands = [
+            [
+                *cable.command(end),
+                *[sys.executable, "-m", "torch.distributed.run", "--nnodes=2"],
+                *["--nproc-per-node=1", "--rdzv-backend=c10d", f"--local-addr={address}"],
+                *[f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", f"--rdzv-conf=is_host={1 - end}"],
+                *["-m", WORKER],
+            ]
+            for end, address in enumerate(ADDRESSES)
+        ]
+        return _result(words, 2, commands, {"GLOO_SOCKET_IFNAME": DEVICE})
+
+
+def _result(
+    words: tuple[str, ...], count: int, commands: list[list[str]], environment: dict[str, str]
+) -> dict[str, Any]:
+    """Launch all commands, the parts of one run, twice; return the result of both launches."""
+    with tempfile.TemporaryDirectory() as name:
+        measured = [
+            _launch(words, commands, environment, Path(name) / str(seed), seed) for seed in (0, 1)
+        ]
+    size = measured[0]["ranks"][0]["global_batch_size"]
+    setup = Setup(num_ranks=count, num_nodes=0, global_batch_size=size, scalings=("strong",))
+    [result] = results_of([(setup, measured)])
+    return result
+
+
+def _launch(
+    words: tuple[str, ...],
+    commands: list[list[str]],
+    environment: dict[str, str],
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    folder.mkdir()
+    out = folder / "measured.json"
+    spec = {"out": str(out), "seconds": SECONDS, "seed": seed, "begun": time.time()}
+    rest = ["--spec", json.dumps(spec), *words, *FIXED, f"run_dir={folder}/run"]
+    env = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    with _started([[*command, *rest] for command in commands], env, folder) as processes:
+        for process in processes:
+            if process.wait(timeout=LIMIT_SEC) != 0:
+                texts = [path.read_text()[-2000:] for path in folder.glob("*.txt")]
+                raise RuntimeError("\n".join(texts))
+    return json.loads(out.read_text())
+
+
+@contextlib.contextmanager
+def _started(
+    commands: list[list[str]], env: dict[str, str], folder: Path
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    processes = []
+    with contextlib.ExitStack() as stack:
+        for number, command in enumerate(commands):
+            file = stack.enter_context((folder / f"{number}.txt").open("wb"))
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def say(text: str) -> None:
+    """Say how it goes."""
+    sys.stderr.write(text + "\n")
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = ["| what is wrong, on 2 ranks | named first | in words |", "|---|---|---|"]
+    for told in found["causes"]:
+        if "not_run" in told:
+            lines.append(f"| {told['fault']} | not run: {told['not_run']} | |")
+        else:
+            mark = "" if told["named"] == told["wanted"] else f" (**wanted {told['wanted']}**)"
+            lines.append(f"| {told['fault']} | {told['named']}{mark} | {told['text']} |")
+    lines += ["", "| case | step predicted, ms | measured, ms | error |", "|---|---|---|---|"]
+    for check in found["scale"]:
+        if "not_run" in check:
+            lines.append(f"| {check['case']} | not run: {check['not_run']} | | |")
+        else:
+            times = [f"{1000 * check[key]:.2f}" for key in ("predicted_sec", "measured_sec")]
+            lines.append(f"| {check['case']} | {' | '.join(times)} | {check['error']:+.1%} |")
+    both = found["compare"]
+    lines += [
+        "",
+        f"`--compare` of two reports of the same code told a change in {both['same_told']} of "
+        f"{both['tries']} tries; of code whose steps sleep {both['slower_by']:.0%} longer in "
+        f"{both['slower_told']} of {both['tries']}.",
+    ]
+    return "\n".join(lines)

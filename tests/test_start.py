@@ -1,0 +1,110 @@
+"""How ranks begin: the same weights on all of them, one precision, and no module too many."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train import build
+from dist_train.build import agreed_precision
+from dist_train.config import Config, ConfigError
+from dist_train.distributed import start_ranks
+from dist_train.parallel import Replica
+from tests.ranks import run_ranks
+from tests.settings import small
+
+ROOT = Path(__file__).parents[1]
+
+
+class Net(nn.Module):
+    """Parameters of two types, one of them frozen, and a buffer; all hold `value`."""
+
+    def __init__(self, value: float, width: int = 3) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(torch.full((4, 3, 2, 2), value))
+        self.filters.data = self.filters.data.contiguous(memory_format=torch.channels_last)
+        self.frozen = nn.Parameter(torch.full((width,), value), requires_grad=False)
+        self.narrow = nn.Parameter(torch.full((2,), value, dtype=torch.bfloat16))
+        self.register_buffer("statistic", torch.full((5,), value))
+        self.register_buffer("count", torch.tensor(int(value)))
+
+
+def weights_of(config: Config, width: int) -> list[Tensor]:
+    """Return this rank's tensors once wrapped; each rank starts from its own number."""
+    with start_ranks(config) as ranks:
+        net = Net(float(ranks.rank + 1), width if ranks.rank == 1 else 3)
+        replica = Replica(net, ranks, config)
+        found = [t.detach().clone() for t in (*net.parameters(), *net.buffers())]
+        replica.close()
+    return found
+
+
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+def test_all_ranks_begin_with_rank_0s_weights_and_buffers(sync: str, tmp_path: Path) -> None:
+    config = small(tmp_path / "run", f"parallel.sync={sync}")
+    for found in run_ranks(weights_of, 2, config, 3):
+        for tensor in found:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+
+
+def test_ranks_with_different_models_are_told_where(tmp_path: Path) -> None:
+    outcomes = run_ranks(refusal, 2, small(tmp_path / "run"))
+    assert set(outcomes) == {
+        "the ranks have built different models: rank 0's tensor 1 is frozen (3,) torch.float32, "
+        "rank 1's is frozen (7,) torch.float32; model.factory must not depend on the rank"
+    }
+
+
+def refusal(config: Config) -> str:
+    """Return what a rank is told whose peer has another model."""
+    try:
+        weights_of(config, 7)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def precision_of(config: Config, lacking: int) -> tuple[str, str | None]:
+    """Return what a rank computes in, one of them without units for bf16."""
+    with start_ranks(config) as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_gains_from_bf16", lambda device: ranks.rank != lacking)
+        return agreed_precision(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "precision", "told"),
+    [(-1, "bf16", None), (1, "fp32", "rank 1's CPU has no units for bf16")],
+)
+def test_all_ranks_compute_in_one_precision(
+    lacking: int, precision: str, told: str | None, tmp_path: Path
+) -> None:
+    config = small(tmp_path / "run", "precision=auto")
+    for found, notice in run_ranks(precision_of, 2, config, lacking):
+        assert found == precision
+        assert (notice is None) if told is None else (told in (notice or ""))
+
+
+RUN = """
+import sys
+from pathlib import Path
+from dist_train.train import train
+from tests.settings import small
+for steps in (3, 6):
+    words = (f"train.steps={steps}", "checkpoint.every_steps=3", *sys.argv[2:])
+    train(small(Path(sys.argv[1]), *words))
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_a_run_and_its_resume_need_no_compiler(optim: str, tmp_path: Path) -> None:
+    words = [str(tmp_path / "run"), f"optim.name={optim}", "resume_allow=[train.steps]"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "resumed from" in done.stdout
+    heavy = {"torchvision", "torch._dynamo", "torch._inductor", "sympy", "wandb", "tensorboard"}
+    assert not heavy & set(done.stdout.splitlines()[-1].split())
