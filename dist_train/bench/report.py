@@ -80,7 +80,16 @@ def _scale(scale: dict[str, Any]) -> list[str]:
         (network["name"], *(f"{share:.0%}" for _, share in network["efficiency"]))
         for network in scale["networks"]
     ]
-    return [*lines, *_table(head, rows)]
+    useful = scale["goodput"]
+    rows.append(
+        ("useful share of the time, with failures", *(f"{s:.1%}" for _, s in useful["shares"]))
+    )
+    return [
+        *lines,
+        *_table(head, rows),
+        f"  (a failure of each GPU in {useful['mtbf_hours_of_one']:,.0f} hours; a save stalls "
+        f"{1000 * useful['save_sec']:.0f} ms, a restart takes {useful['restart_sec']:.1f} s here)",
+    ]
 
 
 def _share(result: dict[str, Any], part: str) -> float:

@@ -14,10 +14,12 @@
         mfu, peak_flops_per_sec, peak_source, flops_per_sample
         memory_bytes                    of the rank with most
         warm_up_steps, steady, start_to_first_step_sec
+        save_sec                        what a step waits for when the state is saved
         reference_sec_of_launches       a fixed convolution: how fast the machine was
         precision, sync, all_reduce, gradient_bytes, gradient_times, micro_batch_size, threads
     advice          text, part, gain (share of the step's time)
-    scale           checked: the model of scale against what was measured; networks: what it says
+    scale           checked: the model of scale against what was measured; networks: what it says;
+                    goodput: the useful share of the time with failures, and what it assumes
 
 Imports no torch.
 """
@@ -90,6 +92,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "start_to_first_step_sec": statistics.median(
             launch["ranks"][0]["start_to_first_step_sec"] for launch in launches
         ),
+        "save_sec": statistics.median(launch["ranks"][0]["save_sec"] for launch in launches),
         "reference_sec_of_launches": [
             statistics.median(sec for r in launch["ranks"] for sec in r["reference_sec"])
             for launch in launches

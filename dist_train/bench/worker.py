@@ -26,18 +26,21 @@ from dist_train.bench.machine_speed import (
 from dist_train.bench.steady import warm_up_length
 from dist_train.bench.ways import WAYS, Steps
 from dist_train.build import as_written
+from dist_train.checkpoint import HostBuffers
 from dist_train.claim import open_run
 from dist_train.config import Config
 from dist_train.config.arguments import Parser, add_run_options, compose_request
 from dist_train.data.loaders import open_data
 from dist_train.distributed import Ranks, shorten_timeouts, start_ranks
 from dist_train.plan import make_plan
+from dist_train.progress import Progress
 from dist_train.start import (
     build_parts,
     find_micro_batch_size,
     start_left_out_of_collections,
     throw_away_step,
 )
+from dist_train.state import capture
 from dist_train.watchdog import watch
 
 BLOCK_SEC = 0.4
@@ -173,6 +176,7 @@ def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
     if device.type == "cuda":
         memory = float(torch.cuda.max_memory_allocated(device))
     return {
+        "save_sec": _save_sec(parts),
         "memory_bytes": memory,
         "flops_per_sample": flops,
         "peak_flops_per_sec": data_sheet_peak(device, parts.precision),
@@ -187,6 +191,16 @@ def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
         "sync": parts.replica.form,
         "precision": parts.precision,
     }
+
+
+def _save_sec(parts: Any) -> float:
+    """Return how long a step waits when the state is copied for a save: the second of two."""
+    buffers, sec = HostBuffers(), 0.0
+    for _ in range(2):  # the first takes its memory
+        begun = time.perf_counter()
+        buffers.copy(capture(parts, Progress(), None, {}))
+        sec = time.perf_counter() - begun
+    return sec
 
 
 def _all_reduces(ranks: Ranks) -> list[tuple[int, float]]:
