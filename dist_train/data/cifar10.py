@@ -62,9 +62,7 @@ def load_cifar10(config: DataConfig) -> Source:
         UnavailableError: it is absent, and downloading is off or fails.
         ConfigError: a file is missing, truncated or corrupt (named).
     """
-    root = cache_root(config) / "datasets"
-    if config.root is not None:
-        root = Path(config.root).expanduser().resolve()
+    root = _root(config)
     folder = root / CIFAR10.base_folder
     if not folder.exists():
         archive = root / CIFAR10.filename
@@ -86,6 +84,17 @@ def load_cifar10(config: DataConfig) -> Source:
         test=_split(_read(folder, CIFAR10.test_list)),
         root=str(root),
     )
+
+
+def is_unpacked(config: DataConfig) -> bool:
+    """Say whether it need only be read."""
+    return (_root(config) / CIFAR10.base_folder).is_dir()
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root is not None:
+        return Path(config.root).expanduser().resolve()
+    return cache_root(config) / "datasets"
 
 
 def _read(folder: Path, files: Sequence[Sequence[str]]) -> list[dict]:

@@ -10,7 +10,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.data.batch import Batch
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures, Source
-from dist_train.data.sources import load_source
+from dist_train.data.sources import load_source, needs_a_first
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.distributed import Ranks
@@ -68,12 +68,14 @@ class Data:
 
 
 def open_data(config: Config, ranks: Ranks) -> Data:
-    """Load the source on each node, one process first, and put the loader on it. Collective.
+    """Load the source on every rank and put the loader on it. Collective.
 
     Raises:
         ConfigError: a missing or damaged file, or nodes that see different data; on all ranks.
     """
-    source = ranks.first_of_node_first(lambda: load_source(config.data))
+    one_first = ranks.any(needs_a_first(config.data))
+    take_turns = ranks.first_of_node_first if one_first else ranks.together
+    source = take_turns(lambda: load_source(config.data))
     names = ranks.gather((source.name, len(source.train), len(source.test)))
     odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if odd is not None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from dist_train.config.importing import nearest
 from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data.cifar10 import UnavailableError, load_cifar10
+from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
 from dist_train.data.image_folder import load_image_folder
 from dist_train.data.pictures import Pictures, Source
 from dist_train.data.synthetic import load_synthetic
@@ -17,8 +17,9 @@ NAMES = ("auto", "cifar10", "image_folder", "synthetic")
 def load_source(config: DataConfig) -> Source:
     """Load the pictures that `data.name` means; may download and decode.
 
-    Call it in one process of a node before the others. `auto` is CIFAR-10 if it is there or
-    can be downloaded, else the synthetic stand-in: nodes may differ in that, so compare names.
+    Call it in one process of a node before the others if `needs_a_first`. `auto` is CIFAR-10 if it
+    is there or can be downloaded, else the synthetic stand-in: nodes may differ in that, so compare
+    names.
 
     Raises:
         ConfigError: anything wrong with the name, the files or the labels, in one line.
@@ -42,6 +43,17 @@ def load_source(config: DataConfig) -> Source:
         notice=source.notice,
         root=source.root,
     )
+
+
+def needs_a_first(config: DataConfig) -> bool:
+    """Say whether one process of a node should load before the others.
+
+    It should where something is downloaded, and where the user's own code may not expect company;
+    whoever decodes pictures holds a lock meanwhile.
+    """
+    if config.name in ("auto", "cifar10"):
+        return not is_unpacked(config)
+    return ":" in config.name
 
 
 def _load(config: DataConfig) -> Source:
