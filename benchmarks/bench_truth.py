@@ -128,14 +128,9 @@ def compare() -> dict[str, Any]:
 
 def here(words: tuple[str, ...], count: int, fault: str | None = None) -> dict[str, Any]:
     """Return the result of `count` ranks on this machine."""
-    [command] = [
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-            *[f"--nproc-per-node={count}", "-m", WORKER],
-        ]
-    ]
-    environment = {VARIABLE: fault} if fault else {}
-    return _result(words, count, [command], environment)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", "-m", WORKER]
+    return _result(words, count, [command], {VARIABLE: fault} if fault else {})
 
 
 def over_a_link(words: tuple[str, ...], delay_sec: float) -> dict[str, Any] | None:
