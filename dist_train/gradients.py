@@ -223,6 +223,16 @@ class TreeGradients:
         self._tree.clear()
 
 
+def backward(loss: Tensor, weight: Tensor) -> None:
+    """Do what `loss.backward(weight)` does, both 0-d.
+
+    That compares the two shapes by means that import sympy, a third of a second of every start.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (weight,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
 def _norm(buffer: Tensor) -> Tensor:
     """Return the norm, 0-d; of half precision in float32, where the squares find room."""
     half = buffer.dtype in (torch.float16, torch.bfloat16)

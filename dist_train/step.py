@@ -10,6 +10,7 @@ from dist_train.build import as_written, autocast
 from dist_train.config.compose import to_yaml
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
+from dist_train.gradients import backward
 from dist_train.metrics import Outcome
 from dist_train.optim import learning_rate_in_force, set_learning_rate
 from dist_train.order import micro_batches, seed_of, shards
@@ -112,7 +113,7 @@ def _accumulate(
             loss = task.loss_sum(logits, part, label_smoothing=parts.config.optim.label_smoothing)
             outcomes.append(task.outcome(loss, logits, part))
             pulse.at("backward", step)
-            loss.backward(weight)
+            backward(loss, weight)
 
 
 def _pieces(parts: Parts, batch: Batch) -> list[tuple[int, int]]:

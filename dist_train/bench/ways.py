@@ -15,6 +15,7 @@ from dist_train.build import autocast
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
+from dist_train.gradients import backward
 from dist_train.metrics import Meter
 from dist_train.order import GlobalOrderSampler, micro_batches
 from dist_train.progress import Progress
@@ -111,7 +112,7 @@ class Steps:
                     logits = replica.module(piece.images)
                 loss = task.loss_sum(logits, piece, label_smoothing=smoothing)
                 clock.mark()
-                loss.backward(weight)
+                backward(loss, weight)
             clock.mark()
             parts.take_step()
             clock.mark()
@@ -122,9 +123,9 @@ class Steps:
         self.phases, found = [], []
         for first in range(0, len(times), each):
             step = times[first : first + each]
-            forward = sum(step[0 : 2 * len(pieces) : 2])
-            backward = sum(step[1 : 2 * len(pieces) : 2])
-            self.phases.append([forward, backward, step[2 * len(pieces)]])
+            forward_sec = sum(step[0 : 2 * len(pieces) : 2])
+            backward_sec = sum(step[1 : 2 * len(pieces) : 2])
+            self.phases.append([forward_sec, backward_sec, step[2 * len(pieces)]])
             found.append(sum(step))
         return found
 
@@ -154,7 +155,7 @@ class Steps:
                 logits = replica.module(piece.images)
             loss = task.loss_sum(logits, piece)
             clock.mark()
-            loss.backward(replica.loss_weight(self.batch.global_size))
+            backward(loss, replica.loss_weight(self.batch.global_size))
         finally:
             for handle in handles:
                 handle.remove()
