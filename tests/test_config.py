@@ -35,7 +35,8 @@ def refusal(*overrides: str, **options: Any) -> str:
 
 
 def test_print_config_shows_every_key_with_its_origin() -> None:
-    text = describe(compose(["experiment=cifar10_tutorial", "optim.lr=0.3", "model.args.width=8"]))
+    words = ["experiment=cifar10_tutorial", "optim.lr=0.3", "model.args.width=8"]
+    text = describe(compose(words, explain=True))
     rows = {line.split(":", 1)[0]: line for line in text.splitlines()}
     assert list(rows) == [key for key, _ in leaves(Config)]
     assert re.fullmatch(r"optim\.lr: 0\.3 +# command line", rows["optim.lr"])
@@ -87,7 +88,7 @@ def test_a_folder_of_the_users_own_adds_to_the_groups(tmp_path: Path) -> None:
         "# @package _global_\ndefaults:\n  - override /optim: adamw\n"
         "train: {epochs: 3}\nmodel: {factory: my.net:build}\n"
     )
-    composed = compose(["experiment=mine"], config_dir=tmp_path)
+    composed = compose(["experiment=mine"], config_dir=tmp_path, explain=True)
     config = composed.config
     assert (config.experiment, config.train.epochs, config.optim.name) == ("mine", 3, "adamw")
     assert config.model.factory == "my.net:build"

@@ -131,7 +131,7 @@ def test_a_redacted_setting_is_not_trained_with(tmp_path: Path) -> None:
 
 
 def test_print_config_shows_no_secret() -> None:
-    text = describe(compose([*SMALL, "model.args.api_key=canary-one"]))
+    text = describe(compose([*SMALL, "model.args.api_key=canary-one"], explain=True))
     assert "canary-one" not in text
     assert MASK in text
 

@@ -13,9 +13,12 @@ def r5(trial: Trial) -> float | None:
     minutes = trial.options.minutes or 30.0
     mean_sec = trial.options.mean_sec
     sizes = ("model.args.width=24", "data.args.image_size=24", "train.global_batch_size=48")
-    probe = trial.clean.of(2, (*HARD, *sizes, "train.steps=200", "checkpoint.every_steps=200"))
-    steps = max(30, int(0.8 * 60 * minutes / (probe.train_sec / 200)))
-    every = max(1, int(2.0 / (probe.train_sec / 200)))  # a save every two seconds
+    tried = 200 if minutes < 10.0 else 2000  # the first hundreds are slower than the rest
+    probe = trial.clean.of(
+        2, (*HARD, *sizes, f"train.steps={tried}", f"checkpoint.every_steps={tried}")
+    )
+    steps = max(30, int(0.85 * 60 * minutes / (probe.train_sec / tried)))
+    every = max(1, int(2.0 / (probe.train_sec / tried)))  # a save every two seconds
     words = (*HARD, *sizes, f"train.steps={steps}", f"checkpoint.every_steps={every}")
     words += ("eval.every_epochs=null",)
     clean = trial.clean.of(2, words, timeout_sec=200.0 * minutes + 120.0)

@@ -76,7 +76,12 @@ def parse(argv: list[str]) -> Request:
 
 def compose_request(options: argparse.Namespace) -> Request:
     """Compose what parsed options ask for. Raises ConfigError."""
-    composed = compose(options.overrides, config_dir=options.config_dir, config_file=options.config)
+    composed = compose(
+        options.overrides,
+        config_dir=options.config_dir,
+        config_file=options.config,
+        explain=options.print_config,
+    )
     refuse_redacted(composed.config)
     text = describe(composed) if options.print_config else None
     return Request(config=composed.config, text=text, dry_run=options.dry_run)
