@@ -65,7 +65,7 @@ def estimate_memory(
     activations = bytes_per_sample(model, image_shape) * micro
     activations *= 0.5 if precision != "fp32" else 1.0
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.name]
+    states = {"sgd": 1 if config.optim.momentum else 0, "muon": 1, "adamw": 2}[config.optim.name]
     copies = 2 + states + (config.optim.ema_decay is not None)
     return int(size * copies + activations)
 

@@ -30,6 +30,8 @@ from dist_train.run import Run
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
 
+SHOWN_TO_MODEL = 1000  # pictures, to a model that is initialised from some
+
 
 def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     """Make everything that a step works with. Collective.
@@ -43,6 +45,9 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
+    initialise = getattr(model, "initialise_from", None)
+    if initialise is not None:
+        ranks.together(lambda: initialise(data.loader.some_pictures(SHOWN_TO_MODEL)))
     if config.model.compile:
         compile_in_place(model)
     replica = Replica(model, ranks, config)

@@ -28,12 +28,14 @@ def make_summary(
         "global_batch_size": parts.plan.global_batch_size,
         "samples_seen": progress.samples_seen,
         "skipped_steps": progress.skipped_steps,
+        "train_sec": sec,
         "train_images_per_sec": progress.samples_seen / sec if sec > 0 else math.nan,
         "eval_split": "test",
         "eval_accuracy": result["accuracy"],
         "eval_top5": result["top5"],
         "eval_loss": result["loss"],
         "eval_samples": int(result["samples"]),
+        "eval_views_accuracy": result.get("views_accuracy"),
         "best_val_accuracy": progress.best_accuracy,
         "best_step": progress.best_step,
         "early_stopped": progress.patience_is_over,
@@ -44,12 +46,19 @@ def make_summary(
     }
 
 
+def _views(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the line of an evaluation over several views, if there was one."""
+    accuracy = summary.get("eval_views_accuracy")
+    return [] if accuracy is None else [("over views", f"{accuracy:.2%}")]
+
+
 def table(summary: dict[str, Any]) -> str:
     """Return the table that a run ends with."""
     rate, best = summary["train_images_per_sec"], summary["best_val_accuracy"]
     rows = [
         ("dataset", summary["dataset"]),
         ("test accuracy", f"{summary['eval_accuracy']:.2%} of {summary['eval_samples']:,}"),
+        *_views(summary),
         ("best validation", "no split" if best is None else f"{best:.2%}"),
         ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps"),
         ("images/s", f"{rate:,.0f} on {summary['world_size']} x {summary['device']}"),

@@ -162,9 +162,13 @@ def _final_evaluation(
     """Evaluate the test split with the weights that the run stands for; None if asked to stop."""
     if progress.patience is not None and progress.best_step is not None:
         run.load_best(parts, progress)
-    elif data.eval_split == "test" and progress.evaluated_step == progress.step:
+    elif (
+        data.eval_split == "test"
+        and progress.evaluated_step == progress.step
+        and parts.config.eval.views == 1
+    ):
         return progress.last_eval
-    return evaluate_weights(parts, data, "test", stop)
+    return evaluate_weights(parts, data, "test", stop, views=parts.config.eval.views)
 
 
 def _settle(

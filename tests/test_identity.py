@@ -48,6 +48,7 @@ IN_HASH = {
     **{f"optim.{field.name}": "another" for field in dataclasses.fields(OptimConfig)},
     "eval.every_epochs": 2,
     "eval.every_steps": 2,
+    "eval.views": 6,
 }
 
 

@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("chain", "checkpoint_upkeep", "device", "launch_store", "monitor", "state_file"),
     ("rendezvous",),
-    ("agent", "distributed", "memory", "plan"),
+    ("agent", "distributed", "memory", "muon", "plan"),
     ("gradients", "overlap"),
     ("nonfinite", "optim", "parallel"),
     (

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
-from dist_train.optim import Ema, build_optimizer, learning_rate, peak_learning_rate
+from dist_train.optim import (
+    Ema,
+    build_optimizer,
+    lean_step,
+    learning_rate,
+    peak_learning_rate,
+    set_learning_rate,
+)
 from dist_train.plan import Plan, make_plan
 from tests.settings import small
 
@@ -74,7 +81,7 @@ def test_the_peak_scales_with_the_global_batch(rule: str, factor: float) -> None
     assert peak_learning_rate(config, 512) == pytest.approx(0.1 * factor)
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
 
@@ -98,6 +105,35 @@ def test_momentum_exists_as_zeros_before_the_first_step_and_changes_no_bit() -> 
             model(torch.randn(5, 3, 4, 4)).square().sum().backward()
             optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(lr=0.1),
+        OptimConfig(lr=0.1, nesterov=False, decay_norms_and_biases=True),
+        OptimConfig(lr=0.1, momentum=0.0, nesterov=False),
+        OptimConfig(name="adamw", lr=0.01),
+    ],
+    ids=["two groups", "one group", "no momentum", "adamw"],
+)
+def test_the_lean_step_has_the_bits_of_the_optimizers_own(config: OptimConfig) -> None:
+    models = [net(), net()]
+    optimizers = [build_optimizer(model, config) for model in models]
+    steps = [lean_step(optimizers[0]), optimizers[1].step]
+    for number in range(6):
+        for model, optimizer, step in zip(models, optimizers, steps, strict=True):
+            optimizer.zero_grad()
+            torch.manual_seed(number)
+            model(torch.randn(5, 3, 4, 4)).square().sum().backward()
+            if number == 2:
+                list(model.parameters())[-1].grad = None  # one that was not used
+            if number == 4:  # as a run that goes back to a checkpoint does
+                optimizer.load_state_dict(optimizer.state_dict())
+            set_learning_rate(optimizer, 0.1 / (1 + number))
+            step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
 

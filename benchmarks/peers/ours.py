@@ -44,6 +44,10 @@ class ReadyBatches:
                 global_size=size * self._job.world_size,
             )
 
+    def some_pictures(self, count: int) -> Tensor:
+        """Return pictures for a model that is initialised from some."""
+        return self._batches.take()[0][:count]
+
     def num_eval_batches(self, split: str) -> int:
         """Return how many batches a split has: one on each rank."""
         return self._job.world_size

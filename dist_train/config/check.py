@@ -41,6 +41,8 @@ RANGES: dict[str, Range] = {
     "data.eval_batch_size": Range(least=1),
     "optim.lr": Range(above=0),
     "optim.momentum": Range(least=0, most=0.9999),
+    "optim.rest_lr": Range(above=0),
+    "optim.rest_momentum": Range(least=0, most=0.9999),
     "optim.weight_decay": Range(least=0),
     "optim.warmup_steps": Range(least=0),
     "optim.warmup_epochs": Range(least=0),
@@ -83,6 +85,16 @@ def check(config: Config) -> None:
         _check_fixed_order(config)
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov=true needs momentum: raise optim.momentum above 0")
+    if optim.name == "muon" and config.guards.lag:
+        raise ConfigError(
+            "optim.name=muon cannot skip a step on the device, which guards.lag=1 needs: set "
+            "guards.lag=0"
+        )
+    if data.flip == "alternating" and data.loader == "workers":
+        raise ConfigError(
+            "data.flip=alternating is for pictures in memory: set data.flip=true, or "
+            "data.loader=memory"
+        )
     if not all(0 <= b < 1 for b in optim.betas):
         raise ConfigError(f"optim.betas={list(optim.betas)}: both must be in [0, 1)")
     if config.precision == "fp16" and config.device == "cpu":

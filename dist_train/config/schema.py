@@ -67,7 +67,8 @@ class DataConfig:
     num_workers: int = 2  # per rank, for loader=workers
     image_size: int = 224  # for loader=workers: the side of a training crop
     crop_padding: int = 4  # random crop after reflection padding, pixels a side; 0: off
-    flip: bool = True
+    # Left and right: each time by chance, or every picture in turns, the first time by chance.
+    flip: bool | Literal["alternating"] = True
     cutout: int = 0  # side of the square set to the mean; 0: off
     randaugment: bool = False  # loader=workers only
     mixup: float = 0.0  # alpha of the Beta distribution; 0: off
@@ -81,12 +82,16 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and learning rate as a function of the step."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 5e-4
+    # muon orthogonalises filters and matrices; these are for the rest: head, norms, biases.
+    rest_lr: float | None = None  # None: lr
+    rest_momentum: float | None = None  # None: momentum
+    unit_filters: bool = False  # muon: filters keep one norm, where a normalisation follows them
     decay_norms_and_biases: bool = False
     schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
     warmup_steps: int | None = None  # wins over warmup_epochs
@@ -105,6 +110,8 @@ class EvalConfig:
 
     every_epochs: int | None = 1
     every_steps: int | None = None  # wins over every_epochs
+    # The last evaluation also averages over views: mirrored, and moved by a pixel. Told apart.
+    views: Literal[1, 2, 6] = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,8 +28,22 @@ class Cuts:
     hole_left: np.ndarray | None
 
 
-def draw_cuts(config: DataConfig, draw: np.ndarray, height: int, width: int) -> Cuts:
-    """Turn random numbers, (n, 5) in [0, 1), into cuts."""
+def draw_cuts(
+    config: DataConfig,
+    draw: np.ndarray,
+    height: int,
+    width: int,
+    flipped_first: np.ndarray | None = None,
+) -> Cuts:
+    """Turn random numbers, (n, 5) in [0, 1), into cuts.
+
+    Args:
+        config: which of them are done.
+        draw: one row a picture.
+        height: of the pictures.
+        width: of the pictures.
+        flipped_first: (n,) bool, for data.flip=alternating: whether each is flipped this time.
+    """
     draw = draw.astype(np.float32)
     top = left = flip = hole_top = hole_left = None
     if config.crop_padding:
@@ -37,7 +51,7 @@ def draw_cuts(config: DataConfig, draw: np.ndarray, height: int, width: int) -> 
         top = (draw[:, 0] * choices).astype(np.int64) - config.crop_padding
         left = (draw[:, 1] * choices).astype(np.int64) - config.crop_padding
     if config.flip:
-        flip = draw[:, 2] < 0.5
+        flip = draw[:, 2] < 0.5 if flipped_first is None else flipped_first
     if config.cutout:
         hole_top = (draw[:, 3] * np.float32(height)).astype(np.int64) - config.cutout // 2
         hole_left = (draw[:, 4] * np.float32(width)).astype(np.int64) - config.cutout // 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from dist_train.config import Config, ConfigError
 from dist_train.data.batch import Batch
@@ -26,6 +27,8 @@ class Loader(Protocol):
     def train_batches(
         self, sampler: GlobalOrderSampler, first_step: int, last_step: int
     ) -> Iterator[Batch]: ...
+
+    def some_pictures(self, count: int) -> Tensor: ...
 
     def num_eval_batches(self, split: str) -> int: ...
 

@@ -56,6 +56,7 @@ class MemoryLoader:
         self._normalise = Normaliser(mean, std, (height, width, channels), device)
         # What moves whole rows on the CPU mirrors once; further out one index a pixel does it.
         self._on_host = device.type == "cpu" and config.crop_padding < min(height, width)
+        self._turn = (0, False)  # alternating flips: the seed of the first time; every other epoch
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,6 +72,7 @@ class MemoryLoader:
         for step in range(first_step, last_step):
             share = sampler.take(step)
             key = seed_of(sampler.seed, sampler.generation, share.epoch, 3)
+            self._turn = (seed_of(sampler.seed, sampler.generation, 7), share.epoch % 2 == 1)
             if not mixed:
                 images, labels = self._augmented(self._train_indices[share.indices], key)
                 yield Batch(
@@ -86,6 +88,11 @@ class MemoryLoader:
             wanted = share.global_indices[mixing.positions]
             images, labels = self._augmented(self._train_indices[wanted], key)
             yield mix(images, labels, mixing, share)
+
+    def some_pictures(self, count: int) -> Tensor:
+        """Return up to `count` training pictures, evenly spaced, as a network gets them."""
+        spaced = self._train_indices[:: max(1, -(-len(self._train_indices) // count))]
+        return self._normalise(self._images[copied_to(self._device, spaced)])
 
     def num_eval_batches(self, split: str) -> int:
         """Return how many batches a split is cut into."""
@@ -103,7 +110,11 @@ class MemoryLoader:
         """Crop, flip and cut out each picture by its own random numbers, then normalise."""
         config, device = self._config, self._device
         height, width = self._images.shape[1:3]
-        cuts = draw_cuts(config, sample_uniform(key, indices, 5), height, width)
+        turn = None
+        if config.flip == "alternating":
+            first, again = self._turn
+            turn = (sample_uniform(first, indices, 1)[:, 0] < 0.5) != again
+        cuts = draw_cuts(config, sample_uniform(key, indices, 5), height, width, turn)
         rows = copied_to(device, indices)
         if self._on_host:
             pictures = self._images.numpy()  # the same memory

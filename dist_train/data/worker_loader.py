@@ -67,6 +67,12 @@ class WorkerLoader:
                 global_size=share.global_size,
             )
 
+    def some_pictures(self, count: int) -> Tensor:
+        """Return up to `count` training pictures, evenly spaced, as a network gets them."""
+        spaced = self._train_indices[:: max(1, -(-len(self._train_indices) // count))]
+        pictures = [self._train[(int(index), None)][0] for index in spaced]
+        return self._on_device(torch.stack(pictures))
+
     def num_eval_batches(self, split: str) -> int:
         """Return how many batches a split is cut into."""
         return -(-len(self._splits[split][1]) // self._config.eval_batch_size)

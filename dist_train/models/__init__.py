@@ -3,6 +3,7 @@
 from dist_train.models.activation import checkpoint_activations
 from dist_train.models.resnet9 import resnet9
 from dist_train.models.resnet18 import resnet18_cifar
+from dist_train.models.speed_net import speed_net
 from dist_train.models.tutorial import tutorial_cnn
 from dist_train.models.wide_resnet import wide_resnet
 
@@ -10,6 +11,7 @@ __all__ = [
     "checkpoint_activations",
     "resnet9",
     "resnet18_cifar",
+    "speed_net",
     "tutorial_cnn",
     "wide_resnet",
 ]

@@ -3,6 +3,8 @@
 Legend: n pictures, k classes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,34 @@ def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
     return torch.stack(
         [loss.double(), best[:, :1].sum().double(), best.sum().double(), count.double()]
     )
+
+
+def mean_over_views(
+    model: Callable[[Tensor], Tensor], images: Tensor, logits_nk: Tensor, views: int
+) -> Tensor:
+    """Return the mean of the logits over several views of each picture, (n, k) float32.
+
+    2: as it is and mirrored. 6: half the weight is theirs; the other half belongs to both of them
+    moved by one pixel, up and left, and down and right, with the edges mirrored.
+
+    Args:
+        model: from pictures to logits.
+        images: (n, c, h, w).
+        logits_nk: the model's of `images`.
+        views: 2 or 6.
+    """
+
+    def both(pictures: Tensor, known: Tensor | None = None) -> Tensor:
+        upright = model(pictures) if known is None else known
+        return (_wide(upright) + _wide(model(pictures.flip(3)))) / 2
+
+    mean = both(images, logits_nk)
+    if views == 2:
+        return mean
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    moved = [both(padded[:, :, y : y + height, y : y + width]) for y in (0, 2)]
+    return mean / 2 + (moved[0] + moved[1]) / 4
 
 
 def _wide(logits_nk: Tensor) -> Tensor:

@@ -107,6 +107,25 @@ def test_every_shift_flip_and_hole_comes_up_equally_often() -> None:
         assert np.abs(counts / counts.mean() - 1).max() < 0.1
 
 
+def test_alternating_flips_show_each_picture_both_ways_in_two_epochs() -> None:
+    images = pictures_of((6, 6, 3))
+    pictures = Pictures(images=images, labels=np.arange(40, dtype=np.int64))
+    config = DataConfig(crop_padding=0, flip="alternating", mean=tuple(MEAN), std=tuple(STD))
+    loader = MemoryLoader(pictures, {}, np.arange(40), config, torch.device("cpu"))
+    sampler = GlobalOrderSampler(40, global_batch_size=40, rank=0, world_size=1, seed=0)
+    epochs = []
+    for batch in loader.train_batches(sampler, 0, 4):
+        order = batch.labels.argsort()
+        epochs.append(batch.images[order])
+    normalise = Normaliser(MEAN, STD, (6, 6, 3), torch.device("cpu"))
+    upright = normalise(torch.from_numpy(images))
+    as_is = [(epoch == upright).flatten(1).all(1) for epoch in epochs]
+    assert 5 < int(as_is[0].sum()) < 35, "by chance the first time"
+    assert torch.equal(as_is[1], ~as_is[0])
+    assert torch.equal(epochs[1], epochs[0].flip(3))
+    assert torch.equal(epochs[2], epochs[0])
+
+
 def test_padding_larger_than_the_picture_mirrors_more_than_once() -> None:
     pictures = Pictures(images=pictures_of((4, 4, 3)), labels=np.zeros(40, dtype=np.int64))
     config = DataConfig(crop_padding=9, mean=tuple(MEAN), std=tuple(STD))

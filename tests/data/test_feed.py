@@ -31,6 +31,9 @@ class SlowLoader:
                 raise OSError("the disk is gone")
             yield Batch(images=torch.zeros(1, 1, 1, 1), labels=torch.tensor([step]))
 
+    def some_pictures(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, 1, 1, 1)
+
     def num_eval_batches(self, split: str) -> int:
         return 0
 
