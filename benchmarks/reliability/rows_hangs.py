@@ -218,7 +218,7 @@ ROWS = (
         id="S1",
         promise="a rank that is slower by 1.5 or more is named, and no other rank is",
         injection="one rank of three takes 1.5, 2, 5 times as long in its forward (of 100 ms)",
-        num_trials=9,
+        num_trials=12,
         measures="from the first slow step to the event",
         work=s1,
     ),
