@@ -51,7 +51,8 @@ check-static: $(STAMP) ## format, lint and types
 reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8" N=100 (N=small: a few minutes)
 	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
 
-bench: $(STAMP) bench-peers ## all of this repository's measurements, on an idle machine: two hours
+bench: $(STAMP) ## this repository's measurements, on an idle machine: two hours (ARGS="scaling": one)
+	$(if $(ARGS),,$(MAKE) bench-peers)
 	$(BIN)/python -m benchmarks run $(ARGS)
 	$(BIN)/python -m benchmarks table --write
 

@@ -191,6 +191,7 @@ def training(folder: Path) -> dict[str, Any]:
         "pairs": PAIRS,
         "step_ms": step_ms,
         "every_steps": STEPS,
+        "precision": parts.precision,
     }
 
 
@@ -227,8 +228,8 @@ def table(found: dict[str, Any]) -> str:
             *lines,
             "",
             f"Reading, verifying and loading it: {saving['verified_and_loaded_ms']:.0f} ms. "
-            f"Training it (batches of 128, bf16, {training['step_ms']:.0f} ms a step) with a save "
-            f"every {training['every_steps']} steps runs at {mean:.1f} +- {half:.1f} % of the "
-            f"speed without ({training['pairs']} pairs).",
+            f"Training it (batches of 128, {training['precision']}, {training['step_ms']:.0f} ms a "
+            f"step) with a save every {training['every_steps']} steps runs at {mean:.1f} +- "
+            f"{half:.1f} % of the speed without ({training['pairs']} pairs).",
         ]
     )

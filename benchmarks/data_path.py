@@ -163,7 +163,11 @@ def training() -> dict[str, Any]:
                     sec[number] = block(kinds[number])
                 shares.append(sec[1] / sec[0])
             parts.replica.close()
-    return {"share_of_ready_speed": mean_and_half_width(shares), "pairs": len(shares)}
+    return {
+        "share_of_ready_speed": mean_and_half_width(shares),
+        "pairs": len(shares),
+        "precision": parts.precision,
+    }
 
 
 class _Taking:
@@ -194,7 +198,8 @@ def table(found: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"ResNet-9 (bf16, batches of 128) trained from it: {mean:.1f} +- {half:.1f} % of the "
-            f"speed on one batch that is ready ({found['training']['pairs']} pairs).",
+            f"ResNet-9 ({found['training']['precision']}, batches of 128) trained from it: "
+            f"{mean:.1f} +- {half:.1f} % of the speed on one batch that is ready "
+            f"({found['training']['pairs']} pairs).",
         ]
     )

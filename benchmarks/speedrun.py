@@ -50,13 +50,17 @@ def main() -> int:
     runs = [run(seed, options) for seed in options.seeds]
     result: dict[str, Any] = {"machine": machine(), "words": options.words, "seeds": options.seeds}
     for key in SHOWN:
-        values = [float(r[key]) for r in runs]
+        values = [float(r[key]) for r in runs if r[key] is not None]
+        if not values:  # eval.views=1
+            continue
         mean, half = mean_and_half_width(values)
         result[key] = {"mean": mean, "half_width": half, "each": values}
     result["runs"] = [{k: r[k] for k in ("world_size", "device", "steps", "torch")} for r in runs]
     print(json.dumps(result, indent=1))
     for key, name in SHOWN.items():
-        found = result[key]
+        found = result.get(key)
+        if found is None:
+            continue
         print(f"{name}: {found['mean']:.4f} +- {found['half_width']:.4f}", file=sys.stderr)
     return 0
 

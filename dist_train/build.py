@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from dist_train.config import Config, ConfigError
 from dist_train.config.importing import import_callable
 from dist_train.distributed import Ranks
+from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
 
 BACKEND = "inductor"  # of torch.compile
+MOST_GRAPHS = 64  # beyond torch's 8 the rest would run uncompiled
 
 
 def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
@@ -46,12 +48,28 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload] # both are accepted
 
 
-def compile_in_place(model: nn.Module) -> None:
+def compile_in_place(model: nn.Module, pulse: Pulse) -> None:
     """Let torch.compile make graphs of the forward and the backward, when they first run.
 
     One for each shape of a batch: a graph for any shape would be made when the second one comes,
-    so that the bits of a step would depend on what was computed before it.
+    so that the bits of a step would depend on what was computed before it. Meanwhile `pulse` says
+    that this rank starts, which may take long.
     """
+    from torch._dynamo import config
+    from torch._dynamo.callback import on_compile_end, on_compile_start
+
+    before: list[Phase] = []
+
+    def begin(*_: object) -> None:
+        before.append(pulse.phase)
+        pulse.enter("start")
+
+    def end(*_: object) -> None:
+        pulse.enter(before.pop())
+
+    on_compile_start(begin)
+    on_compile_end(end)
+    config.recompile_limit = MOST_GRAPHS
     model.compile(backend=BACKEND, dynamic=False)
 
 
@@ -142,8 +160,8 @@ def checked_logits(
 def _gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
-    return bool(capabilities.get("amx_bf16", False))
+    known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
+    return bool(known()["amx_bf16"] if known else torch.cpu._is_amx_tile_supported())
 
 
 def _cpu_has_bf16() -> bool:

@@ -31,7 +31,7 @@ def evaluate(
         data: where the split is.
         split: its name.
         should_stop: asked between batches.
-        views: also give the accuracy of the mean over so many views of each picture (tasks.views).
+        views: also give the accuracy of the mean over so many views of each picture.
 
     Returns:
         loss, accuracy, top5 (fractions), samples, and with several views views_accuracy; None if a

@@ -95,6 +95,11 @@ class Pulse:
         """Enter a phase: `step` batches are consumed, or the one with this number is at hand."""
         self._write(0, NUMBER_OF[phase], step)
 
+    @property
+    def phase(self) -> Phase:
+        """The one that was entered last."""
+        return PHASES[self._number]
+
     def enter(self, phase: Phase) -> None:
         """Enter a phase at the step at hand."""
         self.at(phase, self._step)

@@ -107,13 +107,21 @@ def _leave_dynamo_out() -> None:
 
 
 def _muon(model: nn.Module, config: OptimConfig) -> Muon:
-    """Give Muon the filters and matrices but the last, which makes the logits; the rest SGD."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for _, p in named if p.ndim > 1]
-    filters = matrices[:-1]
+    """Give Muon the filters and matrices but the last registered, the head; the rest SGD."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    filters = [p for p in params if p.ndim > 1][:-1]
     chosen = {id(p) for p in filters}
-    rest_lr = config.rest_lr or config.lr
+    rest = [p for p in params if id(p) not in chosen]
+    kept = [p for p in rest if p.ndim < 2 and not config.decay_norms_and_biases]
+    spared = {id(p) for p in kept}
     momentum = config.momentum if config.rest_momentum is None else config.rest_momentum
+    of_rest = {
+        "orthogonal": False,
+        "momentum": momentum,
+        "nesterov": config.nesterov,
+        "lr_share": (config.rest_lr or config.lr) / config.lr,
+    }
+    decay = config.weight_decay
     groups = [
         {
             "params": filters,
@@ -121,18 +129,28 @@ def _muon(model: nn.Module, config: OptimConfig) -> Muon:
             "momentum": config.momentum,
             "nesterov": config.nesterov,
             "unit": config.unit_filters,
-            "weight_decay": 0.0 if config.unit_filters else config.weight_decay,
+            "weight_decay": 0.0 if config.unit_filters else decay,
         },
-        {
-            "params": [p for _, p in named if id(p) not in chosen],
-            "orthogonal": False,
-            "momentum": momentum,
-            "nesterov": config.nesterov,
-            "weight_decay": config.weight_decay,
-            "lr_share": rest_lr / config.lr,
-        },
+        {"params": [p for p in rest if id(p) not in spared], "weight_decay": decay, **of_rest},
+        {"params": kept, "weight_decay": 0.0, **of_rest},
     ]
     return Muon([group for group in groups if group["params"]], lr=config.lr)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what a checkpoint holds of an optimizer; its settings stay the configuration's."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"] > 0:
+            for param in group["params"]:
+                held = optimizer.state[param]
+                if held.get("momentum_buffer") is None:  # it was trained without until now
+                    held["momentum_buffer"] = torch.zeros_like(param)
 
 
 def lean_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.distributed import Ranks
-from dist_train.gradients import Buffers, FlatGradients, Gradients, TreeGradients, flat_views
+from dist_train.gradients import Buffers, FlatGradients, Gradients, TreeGradients
 from dist_train.overlap import BucketGradients, is_tested
 
 
@@ -42,11 +42,9 @@ class Replica:
         self.buffers = Buffers(module)
         overlap = config.parallel.sync == "overlap" and config.train.order == "fast"
         _check_alike(module, ranks)
-        self.ddp = None
-        if overlap and ranks.control is not None:
-            self.ddp = _wrap(module, config.parallel)
-        else:
-            self._begin_alike()
+        self._begin_alike()
+        wrapped = overlap and ranks.control is not None
+        self.ddp = _wrap(module, config.parallel) if wrapped else None
         self.recoverable = not config.parallel.sync_batchnorm  # its forward is collective
         self._loss_weight: tuple[int, Tensor] | None = None
         self.form = "flat"
@@ -122,23 +120,25 @@ class Replica:
 
     @torch.no_grad()
     def _begin_alike(self) -> None:
-        """Give every rank rank 0's weights and buffers, as DDP does. Collective."""
+        """Give every rank rank 0's weights and buffers. Collective."""
         if self.ranks.control is None:
             return
-        params = list(self.module.parameters())
-        flat, views = flat_views(params)
-        for view, param in zip(views, params, strict=True):
-            view.copy_(param)
-        for buffer in flat:
-            self.ranks.broadcast(buffer)
-        for view, param in zip(views, params, strict=True):
-            param.copy_(view)
+        for param in self.module.parameters():
+            wide = param.ndim == 4 and param.is_contiguous(memory_format=torch.channels_last)
+            if wide or param.is_contiguous():
+                self.ranks.broadcast(param.detach())
+            else:
+                param.copy_(self.ranks.broadcast(param.contiguous()))
         self.agree_on_buffers()
 
 
 def _check_alike(module: nn.Module, ranks: Ranks) -> None:
     named = [*module.named_parameters(), *module.named_buffers()]
-    mine = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    mine = [
+        f"{name} {tuple(t.shape)} {t.dtype}, strides {t.stride()}"
+        + (", trained" if t.requires_grad else "")
+        for name, t in named
+    ]
     digests = ranks.gather(hashlib.sha256("\n".join(mine).encode()).digest())
     if len(set(digests)) == 1:
         return
@@ -161,6 +161,7 @@ def _wrap(module: nn.Module, config: ParallelConfig) -> DistributedDataParallel:
     options: dict[str, bool] = {buffers: False}
     return DistributedDataParallel(
         module,
+        init_sync=False,  # they are alike
         find_unused_parameters=config.find_unused_parameters,
         gradient_as_bucket_view=True,
         **options,  # type: ignore[arg-type] # one boolean, under either name

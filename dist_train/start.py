@@ -46,10 +46,10 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
     initialise = getattr(model, "initialise_from", None)
-    if initialise is not None:
+    if callable(initialise):
         ranks.together(lambda: initialise(data.loader.some_pictures(SHOWN_TO_MODEL)))
     if config.model.compile:
-        compile_in_place(model)
+        compile_in_place(model, ranks.pulse)
     replica = Replica(model, ranks, config)
     if replica.form == "overlap" and not replica.recoverable:
         run.warn(
@@ -97,7 +97,7 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     whole = -(-parts.plan.global_batch_size // ranks.world_size)
 
     def attempt(size: int) -> None:
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), as_written(config):  # no graph for every size
             images, labels = _blank(data, size, ranks.device)
             with autocast(parts.precision, ranks.device):
                 logits = module(images)
@@ -173,7 +173,9 @@ def _forward_backward(parts: Parts, data: Data) -> None:
     for first, last in pieces:
         images, labels = _blank(data, last - first, ranks.device)
         with replica.gradients.piece(last=(first, last) == pieces[-1]):
-            logits = checked_logits(replica, images, data.num_classes, parts.config.model.factory)
+            factory = parts.config.model.factory
+            with autocast(parts.precision, ranks.device):
+                logits = checked_logits(replica, images, data.num_classes, factory)
             task.loss_sum(logits, Batch(images=images, labels=labels)).backward()
 
 

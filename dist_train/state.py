@@ -11,7 +11,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.drift import DriftCheck
 from dist_train.metrics import Meter
 from dist_train.nonfinite import NonFiniteGuard
-from dist_train.optim import Ema
+from dist_train.optim import Ema, load_optimizer
 from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.progress import Progress
@@ -60,7 +60,7 @@ def restore(state: dict[str, Any], parts: Parts, meter: Meter, origin: str) -> P
     """
     try:
         parts.replica.module.load_state_dict(state["model"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(parts.optimizer, state["optimizer"])
         progress = Progress(**state["progress"])
         meter.load_state_dict(state["meter"])
         parts.recovery.load_state_dict(state["recovery"])

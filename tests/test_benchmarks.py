@@ -14,7 +14,7 @@ PART = {name: 0.001 for name in scaling.PARTS}
 FOUND: dict[str, dict[str, Any]] = {
     "data_path": {
         "loading": {"here": {"images_per_sec_and_core": [146300, 16300], "times_pil": [56.6, 6.9]}},
-        "training": {"share_of_ready_speed": [0.994, 0.023], "pairs": 25},
+        "training": {"share_of_ready_speed": [0.994, 0.023], "pairs": 25, "precision": "bf16"},
     },
     "guards": {
         "cases": [{"case": "a net", "step_ms_without": 30.1, "overhead": [0.002, 0.01], "pairs": 4}]
@@ -34,6 +34,7 @@ FOUND: dict[str, dict[str, Any]] = {
             "pairs": 12,
             "step_ms": 812.0,
             "every_steps": 20,
+            "precision": "bf16",
         },
     },
     "scaling": {

@@ -1,6 +1,7 @@
 """Training through torch.compile: the same learning, the same guards."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ def trained(config: Config, backend: str, spoilt_step: int = -1) -> tuple[dict[s
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler on this machine")
 
+    def slow(graph: Any, inputs: Any) -> Any:
+        time.sleep(2.5)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    own: dict[str, Any] = {"broken": broken, "slow": slow}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BACKEND", broken if backend == "broken" else backend)
+        patch.setattr(build, "BACKEND", own.get(backend, backend))
         take = Feed.take
 
         def spoilt(self: Feed, step: int) -> Any:
@@ -73,6 +79,20 @@ def test_a_compiled_models_nan_is_traced_to_its_layer_and_sample(tmp_path: Path)
     assert event["step"] == 4
     [told] = event["culprits"]
     assert told.startswith("rank 1: the input of layer '0' is not finite (training samples ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_made_late_is_not_taken_for_a_hang(precision: str, tmp_path: Path) -> None:
+    # The last batch of the epoch, at step 9, has a shape of its own; so have two in evaluations.
+    words = ("model.compile=true", "data.args.num_train=250", "train.drop_last=false")
+    words += (f"precision={precision}", "train.steps=12", "guards.hang_sec=0.5")
+    for summary, graphs in run_ranks(trained, 2, config_of(tmp_path, *words), "slow"):
+        assert summary["state"] == "finished"
+        assert graphs >= 3
+    text = (tmp_path / "events.jsonl").read_text()
+    assert '"hang"' not in text
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.exhaustive

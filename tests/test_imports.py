@@ -74,6 +74,8 @@ LATE = {
     ("dist_train/__main__.py", "dist_train.recovery"),
     ("dist_train/__main__.py", "dist_train.launch_store"),
     ("dist_train/__main__.py", "dist_train.train"),
+    ("dist_train/build.py", "torch._dynamo"),  # only to compile a model
+    ("dist_train/build.py", "torch._dynamo.callback"),
     ("dist_train/agent.py", "torch.distributed"),  # after it has begun to listen
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing"),
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing.errors"),

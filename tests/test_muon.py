@@ -1,5 +1,7 @@
 """Muon against its definition; the rest of the parameters against SGD."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -68,9 +70,13 @@ def test_filters_are_orthogonalised_and_the_head_is_not() -> None:
     model = net()
     config = OptimConfig(name="muon", lr=0.2, rest_lr=0.05, rest_momentum=0.5)
     optimizer = build_optimizer(model, config)
-    filters, rest = optimizer.param_groups
+    filters, rest, kept = optimizer.param_groups
     assert [tuple(p.shape) for p in filters["params"]] == [(8, 3, 3, 3)]
-    assert [tuple(p.shape) for p in rest["params"]] == [(8,), (8,), (5, 32), (5,)]
+    assert [tuple(p.shape) for p in rest["params"]] == [(5, 32)]
+    assert [tuple(p.shape) for p in kept["params"]] == [(8,), (8,), (5,)]
+    assert (rest["weight_decay"], kept["weight_decay"]) == (config.weight_decay, 0.0)
+    decayed = build_optimizer(model, replace(config, decay_norms_and_biases=True)).param_groups
+    assert [tuple(p.shape) for p in decayed[1]["params"]] == [(8,), (8,), (5, 32), (5,)]
     set_learning_rate(optimizer, 0.1)
     assert filters["lr"] == 0.1
     assert rest["lr"] == pytest.approx(0.025)

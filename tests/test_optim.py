@@ -1,5 +1,6 @@
 """Learning rates are functions of the step; the optimizer and the average do what they say."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from dist_train.optim import (
     build_optimizer,
     lean_step,
     learning_rate,
+    load_optimizer,
     peak_learning_rate,
     set_learning_rate,
 )
@@ -130,7 +132,7 @@ def test_the_lean_step_has_the_bits_of_the_optimizers_own(config: OptimConfig) -
             if number == 2:
                 list(model.parameters())[-1].grad = None  # one that was not used
             if number == 4:  # as a run that goes back to a checkpoint does
-                optimizer.load_state_dict(optimizer.state_dict())
+                load_optimizer(optimizer, copy.deepcopy(optimizer.state_dict()))
             set_learning_rate(optimizer, 0.1 / (1 + number))
             step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -183,3 +185,15 @@ def test_a_warm_up_as_long_as_the_run_is_said() -> None:
     made = make_plan(small("unused", "train.steps=5", "optim.warmup_steps=5"), 216)
     assert made.notice is not None
     assert "never reaches its peak" in made.notice
+
+
+def test_a_resumed_optimizer_keeps_the_configurations_settings() -> None:
+    model = net()
+    before = build_optimizer(model, OptimConfig(momentum=0.0, nesterov=False, weight_decay=0.1))
+    after = build_optimizer(model, OptimConfig(momentum=0.8, weight_decay=0.2))
+    load_optimizer(after, copy.deepcopy(before.state_dict()))
+    assert [g["momentum"] for g in after.param_groups] == [0.8, 0.8]
+    assert after.param_groups[0]["weight_decay"] == 0.2
+    model(torch.randn(5, 3, 4, 4)).square().sum().backward()
+    lean_step(after)()  # with momentum from zeros
+    assert all(after.state[p]["momentum_buffer"].abs().sum() > 0 for p in model.parameters())

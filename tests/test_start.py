@@ -54,7 +54,8 @@ def test_ranks_with_different_models_are_told_where(tmp_path: Path) -> None:
     outcomes = run_ranks(refusal, 2, small(tmp_path / "run"))
     assert set(outcomes) == {
         "the ranks have built different models: rank 0's tensor 1 is frozen (3,) torch.float32, "
-        "rank 1's is frozen (7,) torch.float32; model.factory must not depend on the rank"
+        "strides (1,), rank 1's is frozen (7,) torch.float32, strides (1,); model.factory must not "
+        "depend on the rank"
     }
 
 

@@ -26,6 +26,7 @@ FIXED = (
     "train.steps=1000000000",
     "train.max_minutes=null",
     "train.early_stop_patience=null",
+    "optim.rest_lr=null",
     "optim.lr=1e-6",  # the speed is not a matter of the weights, unless they become NaN
     "optim.warmup_steps=0",
     "eval.every_epochs=null",

@@ -170,13 +170,16 @@ def _rounds(
 def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
     """Measure what need not be repeated in turns. Collective."""
     device = ranks.device
-    with as_written(parts.config):
-        flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     if device.type == "cuda":
         memory = float(torch.cuda.max_memory_allocated(device))
+    with as_written(parts.config):
+        flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
+    ranks.barrier()
+    save_sec = _save_sec(parts) if ranks.rank == 0 else 0.0  # no other rank saves
+    ranks.barrier()
     return {
-        "save_sec": _save_sec(parts),
+        "save_sec": save_sec,
         "memory_bytes": memory,
         "flops_per_sample": flops,
         "peak_flops_per_sec": data_sheet_peak(device, parts.precision),

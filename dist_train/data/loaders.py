@@ -76,7 +76,7 @@ def open_data(config: Config, ranks: Ranks) -> Data:
     Raises:
         ConfigError: a missing or damaged file, or nodes that see different data; on all ranks.
     """
-    one_first = ranks.any(needs_a_first(config.data))
+    one_first = ranks.any(ranks.together(lambda: needs_a_first(config.data)))
     take_turns = ranks.first_of_node_first if one_first else ranks.together
     source = take_turns(lambda: load_source(config.data))
     names = ranks.gather((source.name, len(source.train), len(source.test)))
@@ -109,6 +109,11 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         pictures = {"val": (source.train, val), "test": (source.test, test)}
         loader: Loader = MemoryLoader(source.train, pictures, train, config.data, ranks.device)
     else:
+        if config.data.flip == "alternating":
+            raise ConfigError(
+                f"data.flip=alternating is for pictures in memory, and {source.name} goes through "
+                "workers: set data.flip=true"
+            )
         assert isinstance(source.train, WorkerPictures)
         assert isinstance(source.test, WorkerPictures)
         parts = {"val": (source.train, val), "test": (source.test, test)}
