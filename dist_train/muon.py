@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5  # of the iteration
 
 
 class Muon(torch.optim.Optimizer):
@@ -23,14 +24,13 @@ class Muon(torch.optim.Optimizer):
     counts as the matrix (out, in * height * width).
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, steps: int = 5) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float) -> None:
         """Take groups of `params`, `orthogonal`, `momentum`, `nesterov`, `weight_decay`, `unit`.
 
         Args:
             groups: with `unit` a filter is brought to the norm sqrt(out) before every update: for
                 filters that a normalisation follows.
             lr: of groups that name none.
-            steps: of the iteration.
         """
         defaults = {
             "lr": lr,
@@ -41,7 +41,6 @@ class Muon(torch.optim.Optimizer):
             "unit": False,
         }
         super().__init__(groups, defaults)
-        self._steps = steps
         for group in self.param_groups:
             for param in group["params"]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -77,12 +76,12 @@ class Muon(torch.optim.Optimizer):
         for shape in {update.shape for update in updates}:
             at = [n for n, update in enumerate(updates) if update.shape == shape]
             stack = torch.stack([updates[n].flatten(1) for n in at])
-            made = orthogonal(stack, self._steps).to(params[at[0]].dtype)
+            made = orthogonal(stack).to(params[at[0]].dtype)
             for n, update in zip(at, made, strict=True):
                 params[n].add_(update.view(shape), alpha=-lr)
 
 
-def orthogonal(matrices: Tensor, steps: int) -> Tensor:
+def orthogonal(matrices: Tensor) -> Tensor:
     """Return (k, rows, columns) bfloat16, close to U V^T of each matrix's U S V^T."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
@@ -90,7 +89,7 @@ def orthogonal(matrices: Tensor, steps: int) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x
