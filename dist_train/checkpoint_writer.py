@@ -36,6 +36,7 @@ class _Job:
     best_step: int | None
     must: bool  # it stands for what cannot be saved later: the end, a stop, the best
     stall_sec: float
+    began: float  # time.monotonic()
 
 
 class CheckpointWriter:
@@ -111,6 +112,7 @@ class CheckpointWriter:
             best_step=best_step,
             must=must,
             stall_sec=time.monotonic() - start,
+            began=start,
         )
         self._owed = False
         self._pending = self._thread.submit(self._write, self._job)
@@ -120,6 +122,12 @@ class CheckpointWriter:
     def is_writing(self) -> bool:
         """Whether a save is on its way to the disk."""
         return self._pending is not None and not self._pending.done()
+
+    @property
+    def writing_sec(self) -> float:
+        """For how long a save has been on its way to the disk; 0 if none is."""
+        job = self._job
+        return time.monotonic() - job.began if job is not None and self.is_writing else 0.0
 
     @property
     def is_busy(self) -> bool:

@@ -15,6 +15,9 @@ from dist_train.save_period import SavePeriod
 STOP_RETRY_SEC, END_RETRY_SEC = 10.0, 60.0
 # Before a save was measured: a slow shared file system, and finding the place on it.
 ASSUMED_BYTES_PER_SEC, ASSUMED_LATENCY_SEC = 50e6, 2.0
+# A save that takes longer than this, and three times as long as any before, is told of, then again
+# each time that it has taken ten times as long: a disk that does not answer raises no error.
+SLOW_SAVE_SEC, TIMES_SLOWEST = 60.0, 3.0
 
 
 class SaveFailedError(OSError):
@@ -62,6 +65,7 @@ class Saves:
             )
         self._decided_on: SaveCost | None = None
         self._period_told = self._put_off_told = False
+        self._slow_told_sec = 0.0  # of the save under way
         self.wait, self.close = self._writer.wait, self._writer.close
 
     @property
@@ -83,6 +87,7 @@ class Saves:
         """Say whether a save is asked for at this boundary, and tell what became of the last."""
         self._step = step
         wanted = self._writer.wants_save
+        self._tell_if_slow()
         if self._period is None:
             return wanted
         cost = self._writer.cost
@@ -137,6 +142,22 @@ class Saves:
         if steps:
             names = [path.name for path in kept]
             self._folder.event("checkpoints_set_aside", step=step, steps=steps, kept=names)
+
+    def _tell_if_slow(self) -> None:
+        sec = self._writer.writing_sec
+        if sec <= SLOW_SAVE_SEC:
+            self._slow_told_sec = 0.0
+        elif sec > max(TIMES_SLOWEST * self._writer.slowest_sec, 10 * self._slow_told_sec):
+            self._slow_told_sec = sec
+            good = self._writer.last_saved
+            behind = "none was saved in this attempt"
+            if good is not None:
+                behind = f"the newest one is of step {good}, {self._step - good} steps ago"
+            self._tell(
+                "save_slow",
+                f"a checkpoint has been on its way to {self._folder.checkpoints} for {sec:.0f} s: "
+                f"{behind}; training goes on, see whether the disk still answers",
+            )
 
     def _tell(self, kind: str, text: str) -> None:
         self._warn(text)

@@ -273,6 +273,28 @@ def test_a_save_put_off_is_an_event_each_time_and_one_warning(
     assert [e["step"] for e in events(tmp_path) if e["event"] == "save_put_off"] == [2, 3]
 
 
+def test_a_disk_that_does_not_answer_is_told_of_while_training_goes_on(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.saves.SLOW_SAVE_SEC", 0.05)
+    made, lines = saves(tmp_path)
+    gate.set()
+    made.save(STATE, step=4, best_step=None, must=True)
+    made.wait()
+    gate.clear()
+    made.save(STATE, step=6, best_step=None, must=False)
+    end = time.monotonic() + 30
+    while not lines and time.monotonic() < end:
+        made.wanted(9)
+    made.wanted(10)
+    [line] = lines
+    assert f"on its way to {tmp_path / 'checkpoints'} for 0 s" in line
+    assert "the newest one is of step 4, 5 steps ago; training goes on" in line
+    assert [e["step"] for e in events(tmp_path) if e["event"] == "save_slow"] == [9]
+    gate.set()
+    made.close()
+
+
 def test_a_last_save_that_fails_is_an_error_that_says_what_is_lost(tmp_path: Path) -> None:
     made, lines = saves(tmp_path)
     made.save(STATE, step=4, best_step=None, must=True)

@@ -23,11 +23,15 @@ from benchmarks.reliability.in_ranks import (
 )
 from benchmarks.reliability.row import Row, Trial, check
 from benchmarks.reliability.rows_crash import HARD
+from dist_train.monitor.limits import SLOW_DISK
 from tests.faults import Fault, train_with
 from tests.settings import small
 from tests.test_watchdog import QUICK, stacks, with_wrong_collective
 
 LIMIT_SEC = 10.0
+H2_HANG_SEC = 1.0
+# A save is given more than a step, as a disk may be slow: README.md has the table of limits.
+SAVE_LIMIT_SEC = SLOW_DISK * H2_HANG_SEC + 3.0
 H1 = (*HARD, "train.steps=300", "checkpoint.every_steps=20", "optim.schedule=constant")
 PHASES = {  # place: the phase that must be told
     "in the forward": "forward",
@@ -80,17 +84,21 @@ def h2(trial: Trial) -> float | None:
     trial.notes |= {"place": place, "rank": rank, "step": step}
     mark = trial.folder / "fired"
     fault = Fault(rank=rank, step=step, place=place, kind=how, mark=str(mark))
-    config = small(trial.folder / "run", *QUICK, "guards.hang_sec=1", "eval.every_epochs=1")
+    words = (f"guards.hang_sec={H2_HANG_SEC}", "eval.every_epochs=1")
+    config = small(trial.folder / "run", *QUICK, *words)
     ends = called(trial.folder, 3, train_with, config, fault)
     trial.fired = mark.exists()
     check(trial.fired, how_it_ended(ends, trial.folder))
-    sec = _the_hang(trial, rank, mark.stat().st_mtime, PHASES[place])
+    limit_sec = SAVE_LIMIT_SEC if place == "in the save" else LIMIT_SEC
+    sec = _the_hang(trial, rank, mark.stat().st_mtime, PHASES[place], limit_sec)
     again = called(trial.folder, 3, train_with, config, None)
     check(all(o.error is None for o in again), how_it_ended(again, trial.folder))
     return sec
 
 
-def _the_hang(trial: Trial, rank: int, since: float, phase: str = "") -> float:
+def _the_hang(
+    trial: Trial, rank: int, since: float, phase: str = "", limit_sec: float = LIMIT_SEC
+) -> float:
     run = trial.folder / "run"
     found = events_of(run, "hang")
     check(len(found) == 1, f"{len(found)} events of a hang")
@@ -99,7 +107,7 @@ def _the_hang(trial: Trial, rank: int, since: float, phase: str = "") -> float:
     check(f"hangs: {phase}" in reason, f"another phase than {phase}: {reason}")
     num = len(stacks(Path(found[0]["report"]).read_text()))
     check(num == 3, f"stacks of {num} ranks instead of 3")
-    check(sec <= LIMIT_SEC, f"found after {sec:.1f} s")
+    check(sec <= limit_sec, f"found after {sec:.1f} s")
     return sec
 
 
@@ -199,7 +207,8 @@ ROWS = (
     Row(
         id="H2",
         promise="a rank that spins, holds the interpreter lock or cannot write is found and named "
-        "with its phase",
+        "with its phase, within 10 s at a limit of 1 s; in a save, as a disk may be slow, within "
+        f"{SAVE_LIMIT_SEC:.0f} s",
         injection=f"{', '.join(HOWS)}, in {len(PHASES)} places of a step, limit of 1 s",
         num_trials=60,
         measures="from the fault to the verdict",
