@@ -22,8 +22,10 @@ from dist_train import chain
 from dist_train.config.arguments import (
     NODES_VARIABLE,
     RUN_DIR_VARIABLE,
+    VERDICT_VARIABLE,
     print_error,
     stop_with_parent,
+    what_met,
 )
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
@@ -55,7 +57,8 @@ def main() -> int:
         for number in STOPS:  # and for those that an older torchrun does not know
             signal.signal(number, calm)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STOPS))
-    report = _Report(Path(os.environ[RUN_DIR_VARIABLE]), os.environ[CHAIN_VARIABLE])
+    folder, verdict = (Path(os.environ[name]) for name in (RUN_DIR_VARIABLE, VERDICT_VARIABLE))
+    report = _Report(folder, os.environ[CHAIN_VARIABLE], verdict)
     logger = logging.getLogger(LOGGER)
     logger.addHandler(report)
     logger.propagate = verbose  # else one line an attempt is enough
@@ -72,13 +75,19 @@ def main() -> int:
 class _Report(logging.Handler):
     """Takes up the end of each attempt."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, verdict: Path) -> None:
         super().__init__(logging.ERROR)
         self._folder = folder
-        self._chain = name
-        self._attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
+        self._own_chain = name
+        self._verdict = verdict
+        self._first_attempt = self._attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
         self._silent = 0  # attempts in a row that ended before they had begun
         self._single = os.environ.get(NODES_VARIABLE, "1") == "1"
+
+    @property
+    def _chain(self) -> str:
+        """The chain, by the name that the ranks of all machines have agreed on."""
+        return what_met(self._verdict, self._own_chain)[0]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell how an attempt ended.
@@ -91,16 +100,19 @@ class _Report(logging.Handler):
         code, local_rank = record.args[:2]
         assert isinstance(code, int)
         assert isinstance(local_rank, int)
-        status = read_json(self._folder / "status.json")
-        mine = status if status.get("chain") == self._chain else {}
+        name, met = what_met(self._verdict, self._own_chain)
+        mine = chain.status_of(self._folder, name, self._first_attempt)
         over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
         if over:  # a rank that dies in its tidying-up is no news
             raise SystemExit(mine["exit_code"])
         memory = chain.read(self._folder)
-        if memory.chain == self._chain:  # of several nodes each counts only its own restarts
-            self._attempt = max(self._attempt, memory.attempt)
+        seen = memory.attempt if memory.chain == name else -1
+        # Of several machines each counts only its own restarts, and not all see the run's folder.
+        self._attempt = max(self._attempt, seen, met)
         why = self._why(code, local_rank)
-        began = memory.attempt >= self._attempt and bool(mine)
+        began = seen >= self._attempt and bool(mine)
+        if not self._single and not mine:
+            began = met >= self._attempt  # the others' launcher knows more
         self._silent = 0 if began else self._silent + 1
         if self._silent >= chain.ENDINGS_WITHOUT_PROGRESS:
             print_error(chain.endless(self._silent, mine.get("step", 0), why))
@@ -113,8 +125,9 @@ class _Report(logging.Handler):
     def close_status(self) -> None:
         """Let status.json name the first cause, also of a death that no rank could write down."""
         path = self._folder / "status.json"
-        status, cause = read_json(path), chain.read(self._folder).cause
-        if status.get("chain") != self._chain or status.get("exit_code") in FINAL_CODES:
+        status = chain.status_of(self._folder, self._chain, self._first_attempt)
+        cause = chain.read(self._folder).cause
+        if not status or status.get("exit_code") in FINAL_CODES:
             return
         status |= {"state": "failed", "exit_code": 1, "time": time.time()}
         if cause is not None:

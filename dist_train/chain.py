@@ -259,6 +259,28 @@ def crash_file(folder: Path, attempt: int, rank: int) -> Path:
     return failure_file(folder, attempt, rank).with_suffix(".crash")
 
 
+def status_of(folder: Path, chain: str, first_attempt: int) -> dict[str, Any]:
+    """Return what status.json says of a launch; empty if it is of an earlier one.
+
+    Args:
+        folder: the run's.
+        chain: of the launch; a requeued job keeps it.
+        first_attempt: of the launch.
+    """
+    status = read_json(folder / "status.json")
+    mine = status.get("chain") == chain and status.get("attempt", -1) >= first_attempt
+    return status if mine else {}
+
+
+def forget(folder: Path) -> None:
+    """Let the next launch count from zero, whatever chain it continues. No rank may live."""
+    (folder / "chain.json").unlink(missing_ok=True)
+    path = folder / "status.json"
+    status = read_json(path)
+    if status:
+        write_atomically(path, json.dumps(status | {"chain": ""}, indent=1))
+
+
 def has_ended(status: Mapping[str, Any], chain: str, attempt: int) -> bool:
     """Say whether status.json tells of an end for good (2 or 93) of this chain."""
     same = attempt > 0 and status.get("chain") == chain

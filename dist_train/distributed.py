@@ -5,7 +5,6 @@ there is no process group and each of them is the identity.
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dist_train.config import Config, ConfigError
-from dist_train.config.arguments import stop_with_parent
+from dist_train.config.arguments import stop_with_parent, tell_met
 from dist_train.config.check import check_world
 from dist_train.device import (
     bind_device,
@@ -209,8 +208,9 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         if name is not None:
             os.environ[GLOO_VARIABLE] = name
     start = timedelta(seconds=config.parallel.start_timeout_sec)
-    store, attempt = meet(layout, config, device_name, error)
-    layout = dataclasses.replace(layout, attempt=attempt)
+    store, layout = meet(layout, config, device_name, error)
+    if layout.local_rank == 0:
+        tell_met(layout.chain, layout.attempt)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),
@@ -223,8 +223,12 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         control = dist.new_group(backend="gloo", timeout=start)
         assert isinstance(control, dist.ProcessGroup)
         yield _ranks(layout, device, control, store)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's would wait for collectives that the other ranks may never join; this process ends.
+        if device.type != "cuda" or layout.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def single_process() -> Ranks:

@@ -32,8 +32,11 @@ NODES_CHANGED = (
 
 def meet(
     layout: Layout, config: Config, device_name: str, error: str | None = None
-) -> tuple[Store, int]:
-    """Meet the other ranks; returns a store of this attempt's own, and its number. Collective.
+) -> tuple[Store, Layout]:
+    """Meet the other ranks; returns a store of this attempt's own, and the layout. Collective.
+
+    In the layout chain and attempt are those that hold for all ranks: on several machines each
+    launcher has a name of its own for the chain, and rank 0's counts.
 
     Restarted ranks would otherwise read the dead ones' addresses from torchrun's store. Which
     attempt it is the ranks agree on here: each node's torchrun counts its own restarts, and does
@@ -65,13 +68,16 @@ def meet(
         if _register(
             place, layout, config, device_name, error, lambda n=number: _rounds(store) > n
         ):
-            return place, int(place.get("attempt"))
+            attempt, chain = int(place.get("attempt")), place.get("chain").decode()
+            return place, dataclasses.replace(layout, attempt=attempt, chain=chain)
 
 
 def _open_round(store: Store, layout: Layout) -> int:
     number = store.add("rounds", 1)
     attempt = max(layout.attempt, layout.first_attempt + number - 1)
-    PrefixStore(f"round_{number}", store).set("attempt", str(attempt))
+    place = PrefixStore(f"round_{number}", store)
+    place.set("attempt", str(attempt))
+    place.set("chain", layout.chain)
     store.set("world_size", str(layout.world_size))
     return number
 

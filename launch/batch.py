@@ -25,7 +25,6 @@ from dist_train import chain as chains
 from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
 from dist_train.config.identity import run_dir_of
-from dist_train.config.whole_file import read_json
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE, port_of
 from dist_train.preemption import END_TIME_VARIABLE, JOB_LIMIT, OWN_LIMIT
 from dist_train.slurm_step import hosts_of
@@ -90,8 +89,8 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
         attempt = memory.attempt + 1 if memory.chain == chain else 0
         environment = _for_srun(os.environ) | _told(_job(job_id), chain, attempt)
         code = ranks.run([*start, *words], environment)
-        status = read_json(folder / "status.json")
-        began = status.get("chain") == chain and status["attempt"] >= attempt
+        status = chains.status_of(folder, chain, attempt)
+        began = bool(status)
         silent = 0 if began else silent + 1
         if not began and code not in (0, 2, chains.EXIT_CODE) and ranks.stopped_by is None:
             how = f"the ranks ended with {code} before the run had begun"
@@ -102,7 +101,7 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
         memory = chains.read(folder)
         following = what_next(
             code,
-            status if began else {},
+            status,
             job=_job(job_id),
             silent=silent,
             first_step=memory.progress if memory.chain == chain else 0,

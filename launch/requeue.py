@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from dist_train import chain
 from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, print_error
 from dist_train.config.redact import redact_words
@@ -33,8 +34,8 @@ def main(argv: list[str]) -> int:
         options = parser.parse_intermixed_args(argv)
         records = records_of(options.jobs_dir, options.job)
         if len(records) > 1 and records[0].chain:
-            chain = ", ".join(record.job_id for record in records)
-            raise ConfigError(f"{options.job} belongs to a chain of jobs: name one of {chain}")
+            names = ", ".join(record.job_id for record in records)
+            raise ConfigError(f"{options.job} belongs to a chain of jobs: name one of {names}")
         for record in records:
             sys.stdout.write(f"{_requeue(record, options.jobs_dir)}\n")
     except scontrol.SlurmError as error:
@@ -57,15 +58,15 @@ def _requeue(record: JobRecord, jobs_dir: Path) -> str:
     if job is not None and job.is_waiting:
         return f"job {record.job_id} waits already ({job.state} {job.reason})"
     # Without it the next start is the first of its chain; a job that runs now must end before.
-    chain_file = record.path(record.run_dir) / "chain.json"
+    folder = record.path(record.run_dir)
     if job is None or not job.is_running:
-        chain_file.unlink(missing_ok=True)
+        chain.forget(folder)
     if job is None or (job.is_over and not job.may_requeue):
         return _again(record, jobs_dir)
     if not job.may_requeue:
         scontrol.allow_requeue(record.job_id)
     scontrol.requeue(record.job_id)
-    return _verify(record, job, chain_file)
+    return _verify(record, job, folder)
 
 
 def _again(record: JobRecord, jobs_dir: Path) -> str:
@@ -85,13 +86,13 @@ def _again(record: JobRecord, jobs_dir: Path) -> str:
     )
 
 
-def _verify(record: JobRecord, before: scontrol.Job, chain_file: Path) -> str:
+def _verify(record: JobRecord, before: scontrol.Job, folder: Path) -> str:
     end = time.monotonic() + VERIFY_SEC
     while time.monotonic() < end:
         job = scontrol.job_of(record.job_id)
         if job is not None and job.is_waiting:
             if before.is_running:
-                chain_file.unlink(missing_ok=True)
+                chain.forget(folder)
             if "HOLD" in job.state or "held" in job.reason.lower():  # JobHeldUser, JobHeldAdmin
                 return f"job {record.job_id} is held: scontrol release {record.job_id}"
             return f"job {record.job_id} waits in the queue ({job.state}) and continues by itself"

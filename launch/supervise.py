@@ -8,15 +8,19 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dist_train.chain import status_of
 from dist_train.config.arguments import (
+    NODES_VARIABLE,
     RUN_DIR_VARIABLE,
     VERDICT_VARIABLE,
     print_error,
     stop_with_parent,
+    what_met,
 )
 from dist_train.config.whole_file import read_json
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
@@ -57,18 +61,45 @@ def supervise(
             command, env=environment, start_new_session=True, preexec_fn=stop_with_parent
         )
         heard = _Signals(torchrun)
+        launch = _Launch(
+            run_dir=run_dir,
+            chain=chain,
+            attempt=attempt,
+            verdict=verdict,
+            is_part=environment.get(NODES_VARIABLE, "1") != "1",
+        )
         before = {number: signal.signal(number, heard.take) for number in STOPS}
         try:
-            code = _wait(torchrun, run_dir, chain)
+            code = _wait(torchrun, launch)
             _clear(chain, at_once=heard.impatient)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         told = read_json(verdict)
-    if told:
-        print_error(told["reason"])
-        return told["exit_code"]
-    return _answer(read_json(run_dir / "status.json"), chain, code, heard)
+        if told:
+            print_error(told["reason"])
+            return told["exit_code"]
+        return _answer(launch, code, heard)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Launch:
+    """What these ranks are told apart by from those of other launches."""
+
+    run_dir: Path
+    chain: str  # this machine's name for it
+    attempt: int  # the first one
+    verdict: Path
+    is_part: bool  # other machines take part
+
+    def status(self) -> dict[str, Any]:
+        """Return what status.json says of these ranks; empty: nothing, or it is not seen here."""
+        name, _ = what_met(self.verdict, self.chain)
+        return status_of(self.run_dir, name, self.attempt)
+
+    def is_told_elsewhere(self) -> bool:
+        """Whether the ranks of all machines have met, and another one sees what became of them."""
+        return self.is_part and what_met(self.verdict, self.chain)[1] >= 0
 
 
 class _Signals:
@@ -92,22 +123,21 @@ class _Signals:
         self.stopped = True
 
 
-def _wait(torchrun: "subprocess.Popen[bytes]", run_dir: Path, chain: str) -> int:
+def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
     """Wait for torchrun; end it if it stays when the run is over."""
     over_since: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return torchrun.wait(timeout=1.0)
-        status = read_json(run_dir / "status.json")
-        over = status.get("chain") == chain and status.get("state") in ("finished", "preempted")
-        if not over:
+        status = launch.status()
+        if status.get("state") not in ("finished", "preempted"):
             over_since = None
         elif over_since is None:
             over_since = time.monotonic()
         elif time.monotonic() - over_since > TIDY_SEC:
             print_error(f"the run is {status['state']}, but its ranks do not end: they are killed")
             torchrun.kill()
-            _kill(chain)
+            _kill(launch.chain)
 
 
 def _clear(chain: str, *, at_once: bool) -> None:
@@ -140,14 +170,18 @@ def _ranks_of(chain: str) -> list[int]:
     return found
 
 
-def _answer(status: dict[str, Any], chain: str, code: int, heard: _Signals) -> int:
+def _answer(launch: _Launch, code: int, heard: _Signals) -> int:
     """Return the exit code: what status.json says of this start, else torchrun's."""
+    status = launch.status()
     if heard.impatient:
         print_error("quit without saving: the same command continues from the last checkpoint")
         return INTERRUPTED
     killed = code < 0
     code = 128 - code if killed else code
-    if status.get("chain") != chain:
+    if not status:
+        if launch.is_told_elsewhere():
+            sys.stdout.write("the ranks have ended: rank 0's machine tells how\n")
+            return code
         if heard.stopped or code - 128 in STOPS:
             sys.stdout.write("stopped before the start: the same command continues\n")
             return 0

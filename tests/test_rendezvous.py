@@ -108,7 +108,7 @@ def test_who_comes_when_all_are_there_is_refused(
 
 
 def attempt_of(layout: Layout, config: Any, numbers: list[int]) -> str | None:
-    numbers.append(meet(layout, config, "cpu")[1])
+    numbers.append(meet(layout, config, "cpu")[1].attempt)
     return None
 
 

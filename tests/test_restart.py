@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from dist_train import agent, chain
+from dist_train.config.arguments import NODES_VARIABLE, VERDICT_VARIABLE, tell_met
+from dist_train.layout import ATTEMPT_VARIABLE
+from launch import supervise
 from tests.faults import train_with
-from tests.ranks import run_ranks, start_ranks_of
+from tests.ranks import free_port, run_ranks, start_ranks_of
 from tests.settings import SMALL, metrics, small
 from tests.test_resume import HARD
 from tests.test_torchrun import REPOSITORY, ranks_of, torchrun_with, trained
@@ -112,23 +115,81 @@ def tmp_path_log(folder: Path) -> Path:
     return folder
 
 
+A_DEATH = logging.LogRecord(
+    agent.LOGGER, logging.ERROR, "", 0, f"{agent.FAILED}: ...", (-11, 1, 7, "python"), None
+)
+
+
 def test_ten_attempts_that_never_begin_end_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(chain, "back_off", lambda endings: 0.0)
-    report = agent._Report(tmp_path, "c")
-    record = logging.LogRecord(
-        agent.LOGGER, logging.ERROR, "", 0, f"{agent.FAILED}: ...", (-11, 1, 7, "python"), None
-    )
+    report = agent._Report(tmp_path, "c", tmp_path / "verdict.json")
     for _ in range(9):
-        report.emit(record)
+        report.emit(A_DEATH)
     with pytest.raises(SystemExit) as ended:
-        report.emit(record)
+        report.emit(A_DEATH)
     assert ended.value.code == 93
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
     assert "attempt 8 ended: local rank 1 was killed by SIGSEGV" in lines[8]
     assert "10 attempts in a row ended without a checkpoint beyond step 0" in lines[9]
+
+
+def test_a_machine_that_does_not_see_the_run_counts_no_attempts_of_ranks_that_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of several machines has a chain of its own: rank 0's counts."""
+    monkeypatch.setenv(VERDICT_VARIABLE, str(tmp_path / "verdict.json"))
+    monkeypatch.setenv(NODES_VARIABLE, "2")
+    report = agent._Report(tmp_path / "elsewhere", "mine", tmp_path / "verdict.json")
+    for attempt in range(12):
+        tell_met("that of rank 0", attempt)
+        report.emit(A_DEATH)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 12
+    assert "attempt 11 ended" in told[-1]
+
+
+@pytest.mark.parametrize("code", [0, 2, 93])
+def test_how_the_launch_before_ended_is_not_how_this_one_did(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requeued job keeps its chain, and ranks may die before they have claimed the folder."""
+    state = "failed" if code else "preempted"
+    status = {"chain": "slurm-77", "attempt": 3, "state": state, "exit_code": code, "reason": "old"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "4")
+    agent._Report(tmp_path, "slurm-77", tmp_path / "verdict.json").emit(A_DEATH)
+    assert "attempt 4 ended: local rank 1 was killed" in capsys.readouterr().err
+    monkeypatch.setattr(supervise, "TIDY_SEC", 0.0)
+    command = [sys.executable, "-c", "import time; time.sleep(4); raise SystemExit(7)"]
+    ended = supervise.supervise(command, dict(os.environ), tmp_path, chain="slurm-77", attempt=4)
+    assert ended == 7
+    assert "old" not in capsys.readouterr().err
+    chain.forget(tmp_path)
+    assert chain.status_of(tmp_path, "slurm-77", 0) == {}
+
+
+@pytest.mark.slow
+def test_a_kill_on_the_second_machine_is_the_chains_of_rank_0(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--nnodes", "2", "--nproc", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words += ["model.factory=tests.nets:paced_net", "model.args.sec=0.05", "log_every=1"]
+    words += ["checkpoint.every_steps=5", "train.steps=40"]
+    machines = [dist_train_run(run, *words) for _ in range(2)]
+    wait_for_lines(machines[0], run, 12)
+    ranks = {
+        number: Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        for number in processes(run, "dist_train")
+    }
+    [second] = [number for number, variables in ranks.items() if b"RANK=1" in variables]
+    os.kill(second, signal.SIGKILL)
+    ends = [machine.communicate(timeout=200) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["attempt"]) == ("finished", 1)
+    assert chain.read(run).chain == status["chain"], "the other machine's took over"
 
 
 @pytest.mark.exhaustive

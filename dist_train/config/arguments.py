@@ -15,10 +15,11 @@ from pathlib import Path
 from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
-from dist_train.config.whole_file import write_atomically
+from dist_train.config.whole_file import read_json, write_atomically
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
 RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its torchrun
+MET_FILE = "met.json"  # beside it: what the ranks have agreed on
 NODES_VARIABLE = "DIST_TRAIN_NNODES"
 LINGER_SEC = 10.0
 LINGER_SLICE_SEC = 0.05  # how often a silent rank looks whether it is asked to end
@@ -105,6 +106,25 @@ def refuse(
     else:
         let_another_speak(asked_to_end)
     return exit_code
+
+
+def tell_met(chain: str, attempt: int) -> None:
+    """Tell `dist-train run` on this machine what its ranks have agreed on with all others."""
+    verdict = os.environ.get(VERDICT_VARIABLE)
+    if verdict:
+        path = Path(verdict).with_name(MET_FILE)
+        write_atomically(path, json.dumps({"chain": chain, "attempt": attempt}))
+
+
+def what_met(verdict: Path, chain: str) -> tuple[str, int]:
+    """Return the chain and the attempt that the ranks last agreed on.
+
+    Args:
+        verdict: the file of VERDICT_VARIABLE.
+        chain: this machine's own name for it: what holds until they have met (attempt -1).
+    """
+    told = read_json(verdict.with_name(MET_FILE))
+    return told.get("chain", chain), told.get("attempt", -1)
 
 
 def let_another_speak(asked_to_end: Callable[[], bool] | None = None) -> None:
