@@ -70,6 +70,7 @@ def find_culprits(
             place, rows = found
             of_piece = indices[done : done + len(part)]
             samples = [of_piece[row] for row in rows]
+            ranks.pulse.enter("checkpoint")  # weights and batch go to the disk
             file = _save(folder, ranks.rank, part, module, context | {"samples": of_piece})
             mine = Culprit(rank=ranks.rank, place=place, samples=samples, file=file)
             break

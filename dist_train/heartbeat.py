@@ -26,6 +26,7 @@ Phase = Literal[
 # consumed, and the batch that follows has this number.
 PHASES: tuple[Phase, ...] = Phase.__args__
 NUMBER_OF = {phase: number for number, phase in enumerate(PHASES)}
+ALL_REDUCE = NUMBER_OF["all-reduce"]
 IN_STEP = range(NUMBER_OF["data"], NUMBER_OF["optimizer"] + 1)
 
 Call = Literal["none", "all_reduce", "control_sum", "broadcast", "gather", "barrier", "exchange"]
@@ -76,10 +77,18 @@ class Pulse:
         self._number, self._step, self._beats, self._busy = 0, 0, 0, 0
         self._batches, self._calls, self._call, self._values = 0, 0, 0, 0
         self._since = time.monotonic_ns()
+        self._not_busy: int | None = None  # a phase of the step that is waiting and not work
         self._waiting = _Waiting(self)
 
-    def attach(self, memory: mmap.mmap, slot: int, identity: Identity) -> None:
-        """Beat into `slot` of the monitor's memory from now on."""
+    def attach(
+        self, memory: mmap.mmap, slot: int, identity: Identity, *, on_gpu: bool = False
+    ) -> None:
+        """Beat into `slot` of the monitor's memory from now on.
+
+        `on_gpu`: collectives return at once and the rank waits for the others where it reads the
+        norm, so the time of "all-reduce" is no work of its own.
+        """
+        self._not_busy = ALL_REDUCE if on_gpu else None
         self._buffer, self._first = memory, slot * SLOT_BYTES
         self._write(0)
         IDENTITY.pack_into(memory, self._first, NOT_YET, *identity[1:])
@@ -126,7 +135,8 @@ class Pulse:
 
     def _write(self, waits: int, number: int | None = None, step: int = 0) -> None:
         now = time.monotonic_ns()
-        if not self._waiting.inside and self._number in IN_STEP:
+        works = self._number in IN_STEP and self._number != self._not_busy
+        if works and not self._waiting.inside:
             self._busy += now - self._since
         self._since = now
         if number is not None:

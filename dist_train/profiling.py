@@ -29,6 +29,7 @@ def traced(
     try:
         for step in steps:
             if tracer is None and first <= step < last:
+                ranks.pulse.enter("checkpoint")  # both take longer than a step may, as a save does
                 tracer = profile(activities=activities, record_shapes=True)
                 tracer.start()
             yield step
@@ -42,6 +43,7 @@ def traced(
 
 
 def _write(tracer: profile, folder: Path, ranks: Ranks, first: int, last: int) -> None:
+    ranks.pulse.enter("checkpoint")
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     tracer.stop()

@@ -143,7 +143,8 @@ def _join(
     stat = read_stat(os.getpid())
     assert stat is not None, "this process lives"
     identity = Identity(HERE, ranks.rank, os.getpid(), stat.started, own.stacks)
-    ranks.pulse.attach(memory, mine.index(ranks.rank), identity)
+    on_gpu = ranks.device.type == "cuda"
+    ranks.pulse.attach(memory, mine.index(ranks.rank), identity, on_gpu=on_gpu)
     stack.callback(ranks.pulse.leave)
 
 

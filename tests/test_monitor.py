@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from dist_train.distributed import single_process
-from dist_train.heartbeat import NUMBER_OF, PHASES, Beat, Phase, Pulse
+from dist_train.heartbeat import (
+    HERE,
+    NUMBER_OF,
+    PHASES,
+    SLOT_BYTES,
+    Beat,
+    Identity,
+    Phase,
+    Pulse,
+    read_beat,
+)
 from dist_train.monitor.ending import within
 from dist_train.monitor.limits import Limits
 from dist_train.monitor.link import Link, hub_socket, socket_to
@@ -135,6 +146,15 @@ def test_until_steps_are_known_the_timeouts_of_start_and_collectives_hold() -> N
     assert life.train(20, 0.2) == HANG
 
 
+def test_after_a_rollback_the_first_steps_have_the_time_of_first_steps() -> None:
+    """Loader workers start again, and their first batch has nothing fetched ahead."""
+    life = Life()
+    assert life.train(20, 0.2) == HANG
+    assert life.go("data", 5, 20.0) == 300.0
+    assert life.train(3, 0.2) == 300.0
+    assert life.train(5, 0.2) == HANG
+
+
 def test_the_limit_is_ten_median_steps_or_the_floor() -> None:
     assert Life().train(20, 0.2) == HANG
     assert Life().train(20, 2.0) == pytest.approx(20.0)
@@ -223,6 +243,24 @@ def test_only_work_is_counted_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     now += 10000
     pulse.at("end", 0)
     assert pulse._busy == 10101
+
+
+def test_waiting_for_the_norm_on_a_gpu_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a collective returns at once: all ranks wait for the slow one where they read it."""
+    busy = {}
+    for on_gpu in (False, True):
+        now = 1000
+        monkeypatch.setattr(time, "monotonic_ns", lambda: now)  # noqa: B023 # read at once
+        with mmap.mmap(-1, SLOT_BYTES) as memory:
+            pulse = Pulse()
+            pulse.attach(memory, 0, Identity(HERE, 0, 1, 1, 1), on_gpu=on_gpu)
+            for phase, ticks in (("forward", 1), ("all-reduce", 10), ("optimizer", 100)):
+                pulse.at(phase, 0)
+                now += ticks
+            pulse.at("logging", 0)
+            busy[on_gpu] = read_beat(memory, 0).busy_ns
+            pulse.leave()
+    assert busy == {False: 111, True: 101}
 
 
 def test_what_the_monitor_records_has_the_form_of_the_runs_own(tmp_path: Path) -> None:

@@ -76,8 +76,10 @@ class Limits:
     def _count_steps(self, beat: Beat) -> None:
         if beat.phase == START:
             return
-        if self._step_at is None or beat.step < self._step_at[0]:  # the first, or a rollback
-            self._step_at = beat.step, beat.at_ns
+        if self._step_at is None or beat.step < self._step_at[0]:
+            # The first, or a rollback: loader workers and graphs begin anew.
+            self._step_at, self._steps = (beat.step, beat.at_ns), 0
+            self._periods.clear()
         elif beat.step > self._step_at[0]:
             steps = beat.step - self._step_at[0]
             self._periods.append((beat.at_ns - self._step_at[1]) / 1e9 / steps)
