@@ -161,7 +161,9 @@ def _gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
-    return bool(known()["amx_bf16"] if known else torch.cpu._is_amx_tile_supported())
+    if known is None:
+        return bool(torch.cpu._is_amx_tile_supported())
+    return bool(known().get("amx_bf16", False))  # only x86 has the key
 
 
 def _cpu_has_bf16() -> bool:

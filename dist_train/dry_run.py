@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from dist_train.build import build_model, precision_in_force
+from dist_train.build import build_model, checked_logits, precision_in_force
 from dist_train.config import Config
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
@@ -41,6 +41,9 @@ def describe(config: Config) -> str:
     micro = pieces[0][1] - pieces[0][0]
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     kind = "cuda" if gpus else "cpu"
+    with torch.no_grad():
+        two = torch.zeros(2, *data.loader.image_shape)
+        checked_logits(model, two, data.num_classes, config.model.factory)
     precision, notice = precision_in_force(config, torch.device(kind))
     memory = estimate_memory(model, data.loader.image_shape, micro, precision, config)
     dropped = data.num_train - plan.steps_per_epoch * plan.global_batch_size

@@ -58,9 +58,9 @@ class LineFile:
             self._shut()
             if self._error is None:
                 return None
-            return (
-                f"{len(self._waiting) + self._dropped} lines of {self.path} are lost: {self._error}"
-            )
+            lost = len(self._waiting) + self._dropped
+            how_many = f"{lost} lines" if lost else "the last lines"
+            return f"{how_many} of {self.path} are lost: {self._error}"
 
     def _flush(self) -> None:
         """Write what waits. The lock is held."""
@@ -70,8 +70,9 @@ class LineFile:
                 self._write(self._waiting[0])
                 self._waiting_bytes -= len(self._waiting.popleft())
         except OSError as error:
+            known = self._error
             self._shut()
-            if self._error is None or self._error.errno != error.errno:
+            if known is None or known.errno != error.errno:
                 self._news.append(
                     f"cannot write to {self.path}: {error.strerror or error}; training goes on, "
                     "its lines wait in memory and are lost if this process ends before"
@@ -100,6 +101,10 @@ class LineFile:
             raise
 
     def _shut(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None  # closed or not, its number may be another file's now
+        if file is None:
+            return
+        try:
+            os.close(file)
+        except OSError as error:  # a network file system may tell only now
+            self._error = self._error or error

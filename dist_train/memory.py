@@ -14,10 +14,15 @@ from dist_train.config import Config
 SHORT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
+    "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
 )
+# cuDNN's word both for a convolution that it cannot compute and for no memory to compute it in.
+NO_ENGINE = "unable to find an engine"
+LITTLE_LEFT = 0.1  # of the GPU's memory: then it is the second
 SAFETY = 0.9  # of what was found to fit: allocators fragment, pictures differ
 CGROUP_FILES = (  # limit and use, of versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -32,7 +37,13 @@ def is_out_of_memory(error: Exception) -> bool:
     """Say whether an exception means that memory was short and the process is otherwise sound."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in SHORT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    if NO_ENGINE in text and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return free < LITTLE_LEFT * total
+    return any(word in text for word in SHORT_OF_MEMORY)
 
 
 def memory_in_use(device: torch.device) -> str:

@@ -26,9 +26,11 @@ from dist_train.config.redact import redact, redact_words
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.distributed import Ranks
 from dist_train.journal import LineFile
+from dist_train.preemption import stop_reason
 
 State = Literal["running", "finished", "preempted", "failed"]
 PROBE_BYTES = 1 << 20
+RESTART_LOCK_SEC, LOCK_EVERY_SEC = 120.0, 0.2  # NFS 4 gives a lost machine 90 s
 
 
 class RunFolder:
@@ -69,17 +71,18 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         assert self._lock is not None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+        # A file server keeps the lock of a machine that died for a while: a restart waits for it.
+        end = time.monotonic() + (RESTART_LOCK_SEC if self._ranks.attempt > 0 else 0.0)
+        while not self._try_lock():
+            if time.monotonic() < end and stop_reason() is None:
+                time.sleep(LOCK_EVERY_SEC)
+                continue
             self._lock.seek(0)
             holder = self._lock.read().decode().strip() or "another process"
             raise ConfigError(
                 f"run_dir {self.path} is in use by {holder}: wait for it, stop it, or give this "
                 "run another run_dir"
-            ) from None
+            )
         self._lock.seek(0)
         self._lock.truncate()
         holder = (
@@ -87,6 +90,16 @@ class RunFolder:
             f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
         self._lock.write(holder.encode())
+
+    def _try_lock(self) -> bool:
+        assert self._lock is not None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return False
+        return True
 
     def release(self) -> None:
         """Give the lock back, and close what is open."""

@@ -105,6 +105,10 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
             torch.autograd.grad(loss, parts.replica.params, allow_unused=True)
 
     def find() -> int:
+        with torch.random.fork_rng(devices=cuda), as_written(config), torch.no_grad():
+            two, _ = _blank(data, 2, ranks.device)
+            with autocast(parts.precision, ranks.device):
+                checked_logits(module, two, data.num_classes, config.model.factory)
         if ranks.device.type == "cuda":
             return largest_that_fits(whole, attempt)
         with as_written(config):

@@ -194,6 +194,12 @@ MISTAKES = {
         prepare=_setting("model.factory=tests.nets:thousand_classes"),
         told=("gives 1000 outputs, the data have 10 classes", "num_classes"),
     ),
+    "wrong number of classes, to be seen by looking for the micro-batch": Mistake(
+        prepare=_setting(
+            "model.factory=tests.nets:thousand_classes", "train.micro_batch_size=auto"
+        ),
+        told=("gives 1000 outputs, the data have 10 classes", "num_classes"),
+    ),
     "fp16 without a GPU": Mistake(
         prepare=_setting("device=auto", "precision=fp16"),
         told=("precision=fp16 needs a GPU", "use precision=bf16 or fp32"),

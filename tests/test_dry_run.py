@@ -42,9 +42,18 @@ def test_eight_ranks_are_laid_out_without_a_gpu(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
-    done = dry_run(tmp_path, "--nproc=8", *SMALL, *WORDS, "model.factory=tests.nets:no_module")
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        ("no_module", "returned str"),
+        ("thousand_classes", "gives 1000 outputs, the data have 10 classes"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    factory: str, told: str, tmp_path: Path
+) -> None:
+    done = dry_run(tmp_path, "--nproc=8", *SMALL, *WORDS, f"model.factory=tests.nets:{factory}")
     assert done.returncode == 2
-    assert done.stderr.startswith("dist-train: error: model.factory=tests.nets:no_module returned")
+    assert done.stderr.startswith(f"dist-train: error: model.factory=tests.nets:{factory} {told}")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""

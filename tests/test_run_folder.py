@@ -1,10 +1,12 @@
 """One folder, one run: the lock, what a second run is told, and what the folder holds."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config, ConfigError
+from dist_train.distributed import single_process
+from dist_train.run_folder import RunFolder
 from tests.faults import Fault, train_with
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import SMALL, metrics, small
@@ -67,6 +71,24 @@ def test_the_lock_of_a_dead_process_is_taken_over(holder: Any, tmp_path: Path) -
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert run_ranks(trained, 0, small(tmp_path, "train.steps=3"))[0]["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_a_restart_waits_for_a_lock_that_a_file_server_still_keeps(
+    attempt: int, holder: Any, tmp_path: Path
+) -> None:
+    """A server gives a machine that died some time to come back before it drops its locks."""
+    threading.Timer(2.0, holder.kill).start()
+    ranks = single_process()
+    folder = RunFolder(tmp_path, dataclasses.replace(ranks, attempt=attempt))
+    if attempt == 0:
+        with pytest.raises(ConfigError, match="in use by process"):
+            folder.claim()
+    else:
+        folder.claim()
+        assert holder.poll() is not None
+    folder.release()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """metrics.jsonl, the console and TensorBoard, on real files, processes and terminals."""
 
+import errno
 import json
 import math
 import os
@@ -8,10 +9,12 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_train.config import Config, TrackingConfig
+from dist_train.journal import LineFile
 from dist_train.tracking import (
     ConsoleTracker,
     JsonlTracker,
@@ -243,6 +246,39 @@ def test_lines_that_are_lost_are_told_and_end_no_run(tmp_path: Path) -> None:
     [told] = warnings
     assert told.startswith("2 lines of")
     assert "Is a directory" in told
+
+
+def test_a_file_that_cannot_even_be_closed_ends_no_run_and_its_number_is_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may report a full quota by close(), which has closed the file."""
+    file = LineFile(tmp_path / "events.jsonl")
+    file.append("one")
+    number, real_close, real_write = file._file, os.close, os.write
+    assert number is not None
+
+    def close(fd: int) -> None:
+        real_close(fd)
+        if fd == number:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    def write(fd: int, data: Any) -> int:
+        if fd == number:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real_write(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close)
+        patch.setattr(os, "write", write)
+        file.append("two")
+        stranger = os.open(tmp_path / "checkpoint", os.O_RDWR | os.O_CREAT)
+        assert stranger == number, "the kernel gives the number to the next file"
+    [told] = file.take_news()[:1]
+    assert "Disk quota exceeded; training goes on" in told
+    assert file.close() is None
+    assert (tmp_path / "events.jsonl").read_text() == "one\ntwo\n"
+    assert os.fstat(stranger).st_size == 0
+    os.close(stranger)
 
 
 def test_other_ranks_have_trackers_that_do_nothing() -> None:
