@@ -31,7 +31,7 @@ def describe(config: Config) -> str:
     check_world(config, world_size)
     alone = single_process()
     data = open_data(config, alone)
-    plan = make_plan(config, data.num_train)
+    plan = make_plan(config, data.num_train, world_size=world_size)
     model = build_model(config, data.num_classes, alone)
     first, last = share(plan.global_batch_size, 0, world_size)
     asked = config.train.micro_batch_size

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.check import check_pieces
 from dist_train.order import steps_per_epoch
 
 
@@ -44,11 +45,12 @@ class Plan:
         return step / self.steps_per_epoch
 
 
-def make_plan(config: Config, num_train: int) -> Plan:
+def make_plan(config: Config, num_train: int, *, world_size: int) -> Plan:
     """Derive the plan.
 
     Raises:
-        ConfigError: the data set is smaller than one global batch.
+        ConfigError: the data set is smaller than one global batch, or the last step of an epoch
+            cannot be cut over `world_size` ranks.
     """
     train, batch = config.train, config.train.global_batch_size
     per_epoch = steps_per_epoch(num_train, batch, drop_last=train.drop_last)
@@ -63,6 +65,15 @@ def make_plan(config: Config, num_train: int) -> Plan:
             f"the last step of an epoch has {rest} samples, fewer than train.num_shards (= "
             f"{train.num_shards}): set train.drop_last=true, or another train.global_batch_size"
         )
+    if not train.drop_last and 0 < rest < world_size:
+        raise ConfigError(
+            f"the last step of an epoch has {rest} samples ({num_train} of training, "
+            f"train.global_batch_size={batch}), fewer than world_size (= {world_size}): set "
+            "train.drop_last=true, or another train.global_batch_size, or start at most "
+            f"{rest} ranks"
+        )
+    if not train.drop_last:
+        check_pieces(config, rest, world_size, cure="train.drop_last=true")
     total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
     warmup = config.optim.warmup_steps
     if warmup is None:

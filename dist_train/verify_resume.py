@@ -29,6 +29,7 @@ from dist_train.config.arguments import (
     words_of,
 )
 from dist_train.config.check import check_world
+from dist_train.config.overrides import quoted
 from dist_train.data.loaders import open_data
 from dist_train.differences import Difference, compare, moved_generators
 from dist_train.distributed import single_process
@@ -102,7 +103,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
     num_ranks = options.nproc if options.nproc is not None else gpus or 2
     check_world(config, num_ranks)
     data = open_data(config, single_process())
-    plan = make_plan(config, data.num_train)
+    plan = make_plan(config, data.num_train, world_size=num_ranks)
     steps = options.steps or plan.steps_per_epoch + STEPS_BEYOND_EPOCH
     if steps < options.kills + MARGIN_STEPS + 1:
         raise ConfigError(
@@ -125,7 +126,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Rehearsal:
         extra["eval.every_steps"] = max(1, steps // 2)
     options.overrides += [f"{key}={value}" for key, value in extra.items()]
     config = compose_request(options).config
-    plan = make_plan(config, data.num_train)
+    plan = make_plan(config, data.num_train, world_size=num_ranks)
     faults = _choose(plan, num_ranks, options.kills, options.seed, folder)
     return Rehearsal(
         words=words_of(options),
@@ -264,7 +265,7 @@ def _train(rehearsal: Rehearsal, name: str, fault: Fault | None, *, notes: bool 
         environment[NOTES_VARIABLE] = str(rehearsal.folder / "notes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={rehearsal.num_ranks}", "-m", "dist_train.rehearsal"]
-    command += [*rehearsal.words, f"run_dir={rehearsal.folder / name}"]
+    command += [*rehearsal.words, f"run_dir={quoted(str(rehearsal.folder / name))}"]
     with (rehearsal.folder / f"{name}.log").open("a") as log:
         return subprocess.call(command, env=environment, stdout=log, stderr=log)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import compose_request, words_of
 from dist_train.config.identity import run_dir_of
+from dist_train.config.overrides import parse_override, quoted
 
 LONGEST_NAME = 120  # of a folder; file systems end at 255 bytes
 
@@ -43,7 +43,7 @@ def elements_of(options: argparse.Namespace) -> list[Element]:
     Raises:
         ConfigError: a value that cannot be, or two runs that would share a folder.
     """
-    parsed = [_parsed(line) for line in options.overrides]
+    parsed = [parse_override(line) for line in options.overrides]
     swept = [override for override in parsed if override.is_sweep_override()]
     if not swept:
         request = compose_request(options)
@@ -55,13 +55,6 @@ def elements_of(options: argparse.Namespace) -> list[Element]:
     ]
     _refuse_shared_folders(elements)
     return elements
-
-
-def _parsed(line: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(line)
-    except HydraException:
-        raise ConfigError(f"{line!r} is no override: write key=value, like optim.lr=0.1") from None
 
 
 def _combined(swept: list[Override]) -> list[list[str]]:
@@ -81,7 +74,7 @@ def _spelt(override: Override) -> dict[str, str]:
     key, _, values = (override.input_line or "").partition("=")
     lines = [f"{key}={value.strip()}" for value in values.split(",")]
     try:
-        ones = [_parsed(line) for line in lines]
+        ones = [parse_override(line) for line in lines]
     except ConfigError:  # range(3), or a list with commas of its own
         return {}
     if any(one.is_sweep_override() for one in ones):
@@ -103,7 +96,7 @@ def _element(options: argparse.Namespace, parsed: list[Override], choice: list[s
     apart = [line for line in choice if not line.startswith("run_dir=")]
     if config.run_dir is not None and apart:
         folder = str(Path(config.run_dir) / folder_name(apart))
-        mine.overrides.append(f"run_dir={_quoted(folder)}")
+        mine.overrides.append(f"run_dir={quoted(folder)}")
         config = dataclasses.replace(config, run_dir=folder)
     return Element(config=config, words=tuple(words_of(mine)), overrides=tuple(choice))
 
@@ -118,10 +111,6 @@ def folder_name(overrides: list[str]) -> str:
         return text
     digest = hashlib.sha256("+".join(overrides).encode()).hexdigest()[:8]
     return f"{text[:LONGEST_NAME]}-{digest}"
-
-
-def _quoted(path: str) -> str:
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _refuse_shared_folders(elements: list[Element]) -> None:

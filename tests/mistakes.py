@@ -52,7 +52,8 @@ def only_line(text: str) -> str:
     return text[len(start) : -1]
 
 
-def _trained(folder: Path, *words: str) -> Path:
+def trained(folder: Path, *words: str) -> Path:
+    """Return the folder of a run that two ranks have trained for two steps."""
     run_dir = folder / "before"
     config = small(run_dir, "train.steps=2", "checkpoint.every_steps=1", *words)
     run_ranks(_train_in, 2, folder, config)
@@ -110,27 +111,27 @@ def _no_picture(folder: Path) -> list[str]:
 
 def _other_code_behind_the_factory(folder: Path) -> list[str]:
     (folder / "user_net.py").write_text(NET.format("plain"))
-    run_dir = _trained(folder, "model.factory=user_net:net")
+    run_dir = trained(folder, "model.factory=user_net:net")
     (folder / "user_net.py").write_text(NET.format("noisy"))
     return _small(run_dir, "train.steps=4", "model.factory=user_net:net")
 
 
 def _checkpoints_of_another_model(folder: Path) -> list[str]:
-    shutil.copytree(_trained(folder) / "checkpoints", folder / "copied" / "checkpoints")
+    shutil.copytree(trained(folder) / "checkpoints", folder / "copied" / "checkpoints")
     return _small(folder / "copied", "model.factory=tests.nets:noisy_net")
 
 
 def _resume_from_another_model(folder: Path) -> list[str]:
-    path = _trained(folder) / "checkpoints" / "step_00000002"
+    path = trained(folder) / "checkpoints" / "step_00000002"
     return _small(folder / "new", f"resume={path}", "model.factory=tests.nets:noisy_net")
 
 
 def _other_learning_rate(folder: Path) -> list[str]:
-    return _small(_trained(folder), "optim.lr=0.3")
+    return _small(trained(folder), "optim.lr=0.3")
 
 
 def _resume_never(folder: Path) -> list[str]:
-    return _small(_trained(folder), "resume=never")
+    return _small(trained(folder), "resume=never")
 
 
 def _setting(*words: str) -> Callable[[Path], list[str]]:

@@ -2,29 +2,36 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dist_train.__main__ import main
 from dist_train.config import Config, ConfigError, DataConfig, ParallelConfig, TrainConfig
 from dist_train.config.arguments import parse
-from dist_train.config.check import RANGES, check, check_world
+from dist_train.config.check import RANGES, check, check_pieces, check_world
 from dist_train.config.compose import compose, describe, to_yaml
 from dist_train.config.identity import (
     config_hash,
     full_hash,
     run_dir_of,
 )
+from dist_train.config.overrides import parse_override, quoted
 from dist_train.config.typed import leaves
+from dist_train.order import micro_batches, share
 from tests.ranks import run_ranks
 from tests.settings import small
 
 TRAINABLE = Config(train=TrainConfig(epochs=1))
 SECRET = "not-for-anybodys-eyes"
+ROOT = Path(__file__).parents[1]
+ODD = "B\u00fccher, it's a=(b[c{d\"e"  # what means something in Hydra's grammar, and what nothing
 
 
 def refusal(*overrides: str, **options: Any) -> str:
@@ -218,6 +225,102 @@ def test_the_world_may_not_be_larger_than_the_batch() -> None:
     check_world(config, 6)
     with pytest.raises(ConfigError, match=r"6 is smaller than world_size \(= 8\)"):
         check_world(config, 8)
+
+
+def test_ranks_without_as_many_micro_batches_are_refused_with_sync_batchnorm() -> None:
+    def config(micro_batch_size: int | None, *, sync: bool = True) -> Config:
+        train = TrainConfig(epochs=1, global_batch_size=1000, micro_batch_size=micro_batch_size)
+        return Config(train=train, parallel=ParallelConfig(sync_batchnorm=sync))
+
+    with pytest.raises(ConfigError) as raised:  # 334, 333 and 333 samples: 2, 1 and 1 pieces
+        check_world(config(333), 3)
+    assert "333 or 334 of 1000 samples" in str(raised.value)
+    assert "1 or 2 micro-batches of train.micro_batch_size=333" in str(raised.value)
+    assert "set train.micro_batch_size=334, or a train.global_batch_size" in str(raised.value)
+    for fits in (334, 332, 1000, None):
+        check_world(config(fits), 3)
+    check_world(config(333, sync=False), 3)
+    check_world(config(250), 4)
+
+
+def test_sync_batchnorm_is_refused_exactly_where_pieces_differ_and_the_cure_is_one() -> None:
+    for num_samples, world_size in product(range(5, 60), (2, 3, 5)):
+        parts = [share(num_samples, rank, world_size) for rank in range(world_size)]
+        for size in range(1, num_samples + 2):
+            train = TrainConfig(epochs=1, micro_batch_size=size)
+            config = Config(train=train, parallel=ParallelConfig(sync_batchnorm=True))
+            mended = size
+            try:
+                check_pieces(config, num_samples, world_size, cure="")
+            except ConfigError as refused:
+                assert len({len(micro_batches(b - a, size)) for a, b in parts}) > 1
+                found = re.search(r"set train\.micro_batch_size=(\d+)", str(refused))
+                assert found is not None
+                mended = int(found[1])
+            assert len({len(micro_batches(b - a, mended)) for a, b in parts}) == 1
+
+
+@pytest.mark.parametrize("text", [ODD, "", " ", "\\", "a\\b", "a\\\\", 'a\\"', "a\\'", "1", "null"])
+def test_quoted_text_is_this_text_to_the_grammar(text: str) -> None:
+    assert parse_override(f"run_dir={quoted(text)}").value() == text
+    assert parse_override(f"run_dir=[{quoted(text)}]").value() == [text]
+    assert compose([f"data.root={quoted(text)}"]).config.data.root == text
+
+
+@pytest.mark.parametrize("value", ["/data/B\u00fccher", " \u65e5\u672c/u\u0308 2 ", "C:/\u00fc"])
+def test_letters_beyond_ascii_need_no_quotes(value: str) -> None:
+    assert compose([f"data.root={value}"]).config.data.root == value.strip()
+    args = compose([f"model.args.name={value}"]).config.model.args
+    assert args["name"] == value.strip()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a", "a b", "1", "1.5e3", "null", "True", "a:b", "[a,b]", "{a:1}", "a,b", "range(3)", "a\\,b"],
+)
+def test_what_the_grammar_takes_stays_what_it_is(line: str) -> None:
+    ours, theirs = parse_override(f"key={line}"), OverridesParser.create().parse_override
+    assert ours.value() == theirs(f"key={line}").value()
+    assert ours.input_line == f"key={line}"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("data.root=/data/a=b", """into quotes: 'data.root="/data/a=b"'"""),
+        ("data.root=/data (2)/\u00fc", """into quotes: 'data.root="/data (2)/\u00fc"'"""),
+        ("data.root=~/data", """into quotes: 'data.root="~/data"'"""),
+        ("run_dir=runs/\u00fc seed=3", """into quotes: 'run_dir="runs/\u00fc seed=3"'"""),
+    ],
+)
+def test_text_that_needs_quotes_is_shown_with_them(line: str, told: str) -> None:
+    assert refusal(line).endswith(told)
+
+
+@pytest.mark.parametrize(
+    "line", ["optim.lr", "data.mean=[0.1,0.2", "data.root='a", "=3)", "a b=(c"]
+)
+def test_what_quotes_would_not_mend_is_not_shown_in_quotes(line: str) -> None:
+    assert refusal(line).endswith("is no override: write key=value, like optim.lr=0.1")
+
+
+def test_an_installation_and_own_groups_may_be_in_any_folder(tmp_path: Path) -> None:
+    home, own = tmp_path / ODD, tmp_path / f"own {ODD}"
+    for name in ("dist_train", "configs"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (own / "optim").mkdir(parents=True)
+    (own / "optim" / "mine.yaml").write_text("name: adamw\n")
+    for words in ([], ["--config-dir", str(own), "optim=mine"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_train", "--print-config", *words],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (f"{own}/optim/mine.yaml" in done.stdout) == bool(words)
+        assert f"{home}/configs/experiment/cifar10_resnet9.yaml" in done.stdout
 
 
 def test_a_mapping_given_whole_replaces_what_a_group_set() -> None:

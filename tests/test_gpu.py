@@ -48,7 +48,7 @@ def waits(config: Config) -> list[int]:
     counts = []
     with start_ranks(config) as ranks, open_run(config, ranks) as run:
         data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train)
+        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         parts = build_parts(config, plan, data, run)
         sampler = GlobalOrderSampler(
             data.num_train, global_batch_size=24, rank=0, world_size=ranks.world_size, seed=0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.config.arguments import LINGER_SEC, refuse
-from tests.mistakes import MISTAKES, NO_GPU, only_line, told
+from tests.mistakes import MISTAKES, NO_GPU, only_line, told, trained
 from tests.ranks import free_port, start_ranks_of
 from tests.settings import SMALL
 
@@ -45,6 +45,16 @@ BEFORE_THE_START = {
         ["--nproc=8", "train.global_batch_size=6"],
         "raise train.global_batch_size to 8 or more, or start at most 6 ranks",
     ),
+    "unlike numbers of micro-batches": (
+        [
+            "--nproc=3",
+            "train.global_batch_size=1000",
+            "train.micro_batch_size=333",
+            "parallel.sync_batchnorm=true",
+        ],
+        "set train.micro_batch_size=334, or a train.global_batch_size that the ranks divide",
+    ),
+    "text without quotes": (["data.root=/data/a=b"], """'data.root="/data/a=b"'"""),
     "precision": (["device=cpu", "precision=fp16"], "use precision=bf16 or fp32"),
     "no such file": (["--config=/nowhere.yaml"], "--config /nowhere.yaml: "),
     "no such folder": (["--config-dir=/nowhere"], "--config-dir /nowhere is not a folder"),
@@ -181,6 +191,18 @@ def test_ranks_of_another_number_than_the_launcher_checked(tmp_path: Path) -> No
     assert "raise train.global_batch_size to 2 or more" in only_line(outcomes[0].value[1])
     assert outcomes[1].value[1] == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_resume_on_more_ranks_than_the_last_step_has_samples(tmp_path: Path) -> None:
+    words = ["train.global_batch_size=107", "train.drop_last=false"]  # 216 = 2 x 107 + 2
+    run_dir = trained(tmp_path, *words)
+    words += [f"run_dir={run_dir}", "train.steps=3"]
+    outcomes = start_ranks_of(told, 3, tmp_path, [*SMALL, *words])
+    assert [o.value[0] for o in outcomes] == [2, 2, 2]
+    line = only_line(outcomes[0].value[1])
+    assert line.startswith("the last step of an epoch has 2 samples (216 of training, ")
+    assert line.endswith("or start at most 2 ranks")
 
 
 def _own_settings(folder: Path) -> tuple[int, str]:

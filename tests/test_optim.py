@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.config import OptimConfig
+from dist_train.config import Config, ConfigError, OptimConfig, ParallelConfig, TrainConfig
 from dist_train.optim import (
     Ema,
     build_optimizer,
@@ -171,18 +171,45 @@ def test_a_skipped_step_leaves_the_average_alone() -> None:
 
 def test_the_plan_knows_its_periods_and_its_end() -> None:
     config = small("unused", "train.epochs=3", "eval.every_epochs=2", "log_every=4")
-    made = make_plan(config, 216)
+    made = make_plan(config, 216, world_size=1)
     assert (made.steps_per_epoch, made.total_steps, made.eval_every) == (9, 27, 18)
     assert [s for s in range(30) if made.eval_due(s)] == [18, 27]
     assert [s for s in range(30) if made.save_due(s)] == [9, 18, 27]
     assert [s for s in range(28) if made.log_due(s)] == [4, 8, 12, 16, 20, 24, 27]
     assert [made.next_event(s) for s in (0, 4, 8, 17, 26)] == [4, 8, 9, 18, 27]
     assert replace(made, eval_every=None).eval_due(27)
-    assert make_plan(small("unused", "train.steps=5"), 216).total_steps == 5
+    assert make_plan(small("unused", "train.steps=5"), 216, world_size=1).total_steps == 5
+
+
+@pytest.mark.parametrize("world_size", [5, 8])
+def test_a_last_step_with_fewer_samples_than_ranks_is_refused(world_size: int) -> None:
+    words = ["train.global_batch_size=53", "train.epochs=1"]  # 216 = 4 x 53 + 4
+    kept = small("unused", *words, "train.drop_last=false")
+    with pytest.raises(ConfigError) as raised:
+        make_plan(kept, 216, world_size=world_size)
+    told = str(raised.value)
+    assert told.startswith("the last step of an epoch has 4 samples (216 of training, ")
+    assert f"fewer than world_size (= {world_size}): set train.drop_last=true, or" in told
+    assert told.endswith("or start at most 4 ranks")
+    assert make_plan(kept, 216, world_size=4).steps_per_epoch == 5
+    assert make_plan(kept, 212, world_size=world_size).steps_per_epoch == 4
+    assert make_plan(small("unused", *words), 216, world_size=world_size).steps_per_epoch == 4
+
+
+def test_a_last_step_that_sync_batchnorm_would_hang_in_is_refused() -> None:
+    def config(*, drop_last: bool) -> Config:
+        train = TrainConfig(epochs=1, global_batch_size=60, micro_batch_size=5, drop_last=drop_last)
+        return Config(train=train, parallel=ParallelConfig(sync_batchnorm=True))
+
+    with pytest.raises(ConfigError, match=r"5 or 6 of 16 samples.*, or train\.drop_last=true$"):
+        make_plan(config(drop_last=False), 76, world_size=3)
+    make_plan(config(drop_last=False), 78, world_size=3)  # 6 of 18 on each
+    make_plan(config(drop_last=False), 60, world_size=3)
+    make_plan(config(drop_last=True), 76, world_size=3)
 
 
 def test_a_warm_up_as_long_as_the_run_is_said() -> None:
-    made = make_plan(small("unused", "train.steps=5", "optim.warmup_steps=5"), 216)
+    made = make_plan(small("unused", "train.steps=5", "optim.warmup_steps=5"), 216, world_size=1)
     assert made.notice is not None
     assert "never reaches its peak" in made.notice
 

@@ -41,8 +41,13 @@ def test_a_model_with_hidden_state_is_found_out(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_randomness_without_a_seed_is_found_out(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, errors = verify(capsys, "--kills", "1", "model.factory=tests.nets:Drawing")
+def test_randomness_without_a_seed_is_found_out_in_any_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "B\u00fccher, it's a=(b[c{d\"e"
+    folder.mkdir()
+    words = ["--work-dir", str(folder), "--kills", "1", "model.factory=tests.nets:Drawing"]
+    code, out, errors = verify(capsys, *words)
     assert code == 1, out + errors
     assert "not the resume, but randomness without a seed" in out
     assert "draws from the global generator of random" in out

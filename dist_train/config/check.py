@@ -171,6 +171,7 @@ def check_world(config: Config, world_size: int) -> None:
             f"raise train.global_batch_size to {world_size} or more, "
             f"or start at most {batch} ranks"
         )
+    check_pieces(config, batch, world_size, cure="a train.global_batch_size that the ranks divide")
     shards = config.train.num_shards
     if config.train.order == "fixed" and (world_size & (world_size - 1) or world_size > shards):
         fit = ", ".join(str(1 << i) for i in range(shards.bit_length()))
@@ -178,6 +179,32 @@ def check_world(config: Config, world_size: int) -> None:
             f"train.order=fixed deals train.num_shards (= {shards}) evenly to the ranks: "
             f"world_size (= {world_size}) must be one of {fit}"
         )
+
+
+def check_pieces(config: Config, num_samples: int, world_size: int, *, cure: str) -> None:
+    """Raise ConfigError if ranks would cut their parts of a step into unlike numbers of pieces.
+
+    The forward of SyncBatchNorm waits for all ranks, so each must have as many. Parts differ by at
+    most one sample, and so in pieces only where the smaller one comes out even.
+
+    Args:
+        config: of the run.
+        num_samples: of the step, over all ranks; at least one for each.
+        world_size: the number of ranks.
+        cure: what helps besides another micro-batch.
+    """
+    micro, (least, extra) = config.train.micro_batch_size, divmod(num_samples, world_size)
+    if not config.parallel.sync_batchnorm or not isinstance(micro, int):
+        return
+    if extra == 0 or least % micro != 0:
+        return
+    larger = next(size for size in range(micro + 1, least + 2) if least % size != 0)
+    raise ConfigError(
+        "parallel.sync_batchnorm=true needs as many micro-batches on every rank, as its forward "
+        f"waits for all of them, but the {least} or {least + 1} of {num_samples} samples that one "
+        f"of {world_size} ranks gets are {least // micro} or {least // micro + 1} micro-batches "
+        f"of train.micro_batch_size={micro}: set train.micro_batch_size={larger}, or {cure}"
+    )
 
 
 def _check_range(key: str, value: Any, allowed: Range) -> None:

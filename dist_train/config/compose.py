@@ -11,7 +11,6 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dist_train.config.check import check
+from dist_train.config.overrides import parse_override, quoted
 from dist_train.config.redact import learn, mask, redact
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain, unknown_key
@@ -68,7 +68,7 @@ def compose(
     store.store(name=SCHEMA, node=plain(Config()))
     store.store(name="main", node=_main(groups, config_file))
     GlobalHydra.instance().clear()
-    searchpath = f"hydra.searchpath=[file://{folders[-1].resolve()}]"
+    searchpath = f"hydra.searchpath=[{quoted(f'file://{folders[-1].resolve()}')}]"
     try:
         with initialize_config_dir(str(folders[0].resolve()), version_base="1.3"):
             lines = [searchpath, *(o.input_line or "" for o in parsed)]
@@ -148,10 +148,7 @@ def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, A
 
 def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -> Override:
     """Parse one override and check its key, so that a slip is answered with the nearest key."""
-    try:
-        override = OverridesParser.create().parse_override(line)
-    except HydraException:
-        raise ConfigError(f"{line!r} is no override: write key=value, like optim.lr=0.1") from None
+    override = parse_override(line)
     key = override.key_or_group
     value = override.value()
     if override.is_sweep_override():
@@ -169,7 +166,7 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
         k for k, hint in known.items() if "dict" in str(hint) and f"{key}.".startswith(f"{k}.")
     ]
     if owners:  # model.args.width=64 needs no "+"
-        return OverridesParser.create().parse_override(f"++{line.lstrip('+~')}")
+        return parse_override(f"++{line.lstrip('+~')}")
     if key == NO_SETTINGS:
         raise ConfigError(
             f"{line} is no setting of a run: it belongs to dist-train submit --cluster {value}"

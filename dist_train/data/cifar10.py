@@ -153,7 +153,7 @@ def _probe(url: str) -> None:
     host = parts.hostname or ""
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy is not None and not urllib.request.proxy_bypass(host):
-        parts = urllib.parse.urlsplit(proxy)
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     failures = ["no answer"]
 

@@ -77,4 +77,6 @@ def decode(job: Job) -> Outcome:
 
 
 if __name__ == "__main__":
-    json.dump(asdict(decode(Job(**json.load(sys.stdin)))), sys.stdout)
+    for line in sys.stdin:  # a job; its outcome is one line, too
+        sys.stdout.write(json.dumps(asdict(decode(Job(**json.loads(line))))) + "\n")
+        sys.stdout.flush()

@@ -5,15 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data.cache import cache_root
+from dist_train.data.cache import SignOfLife, cache_root, unseen
 from dist_train.data.folder_scan import PictureFile, scan_folder
 from dist_train.data.picture_cache import verified_pictures
 from dist_train.data.pictures import Pictures, Source
 from dist_train.data.worker_dataset import FileItems, WorkerPictures
 
 
-def load_image_folder(config: DataConfig) -> Source:
+def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
     """Read ROOT/train/<class>/* and ROOT/test/<class>/*, every file having been decoded once.
+
+    Args:
+        config: its root, and where pictures may be kept.
+        sign: called while they are decoded.
 
     Raises:
         ConfigError: names the folder or file that is wrong, and how to mend it.
@@ -24,6 +28,7 @@ def load_image_folder(config: DataConfig) -> Source:
         [*folder.train, *folder.test],
         cache_dir=cache_root(config),
         max_bytes=_max_bytes(config),
+        sign=sign,
     )
     if verified.pixels is None and config.loader == "memory":
         raise ConfigError(

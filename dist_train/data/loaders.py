@@ -1,6 +1,7 @@
 """From the configuration to batches: the source, the validation split, and the loader that fits."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,15 +71,26 @@ class Data:
         }
 
 
-def open_data(config: Config, ranks: Ranks) -> Data:
+def open_data(config: Config, ranks: Ranks, *, say: Callable[[str], None] | None = None) -> Data:
     """Load the source on every rank and put the loader on it. Collective.
+
+    Args:
+        config: of the run.
+        ranks: whose hearts beat while pictures are decoded: the start may take as long as that.
+        say: told on rank 0 how far it is; None: standard error is.
 
     Raises:
         ConfigError: a missing or damaged file, or nodes that see different data; on all ranks.
     """
     one_first = ranks.any(ranks.together(lambda: needs_a_first(config.data)))
     take_turns = ranks.first_of_node_first if one_first else ranks.together
-    source = take_turns(lambda: load_source(config.data))
+
+    def sign(line: str | None) -> None:
+        ranks.pulse.enter("start")
+        if line is not None and ranks.rank == 0:
+            (say or _to_stderr)(line)
+
+    source = take_turns(lambda: load_source(config.data, sign))
     names = ranks.gather((source.name, len(source.train), len(source.test)))
     odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if odd is not None:
@@ -127,3 +139,8 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         num_test=len(test),
         loader=loader,
     )
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"dist_train: {line}\n")
+    sys.stderr.flush()

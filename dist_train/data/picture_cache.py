@@ -4,14 +4,13 @@ Published by rename under a lock, and named after the paths, sizes and times of 
 that a cache is complete, current, or not there. Imports no torch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,12 +18,12 @@ import numpy as np
 
 from dist_train.config.schema import ConfigError
 from dist_train.data import decode
-from dist_train.data.cache import locked
+from dist_train.data.cache import SignOfLife, locked, unseen
 from dist_train.data.folder_scan import PictureFile
+from dist_train.data.slices import Partial, decode_rest, progress_in, sync
 
 FORMAT = 1  # raise when decoding changes what the bytes are
-INLINE_PICTURES = 256  # fewer are decoded faster than processes start
-JOB_PICTURES = 4000  # at most, so that the processes end together
+UNUSED_SEC = 7 * 86400.0  # a cache that nobody has opened for so long is deleted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +37,12 @@ class Verified:
 
 
 def verified_pictures(
-    root: Path, files: Sequence[PictureFile], *, cache_dir: Path, max_bytes: int
+    root: Path,
+    files: Sequence[PictureFile],
+    *,
+    cache_dir: Path,
+    max_bytes: int,
+    sign: SignOfLife = unseen,
 ) -> Verified:
     """Decode the files, or find that it has been done; waits for another process doing it.
 
@@ -47,6 +51,7 @@ def verified_pictures(
         files: in the order of the rows.
         cache_dir: where the cache is kept.
         max_bytes: larger decoded data, and data of uneven sizes, are verified but not kept.
+        sign: called while this process decodes, and while the one that it waits for does.
 
     Raises:
         ConfigError: a file cannot be decoded (named), or the cache cannot be written.
@@ -56,10 +61,19 @@ def verified_pictures(
     found = _find(stem, len(files), max_bytes=max_bytes)
     if found is not None:
         return found
-    with locked(folder, key="data.cache_dir"):
+    last = progress_in(folder)
+
+    def waiting() -> None:
+        nonlocal last
+        now = progress_in(folder)
+        if now is not None and now != last:  # else there is no sign of it
+            sign(now)
+        last = now
+
+    with locked(folder, key="data.cache_dir", waiting=waiting):
         found = _find(stem, len(files), max_bytes=max_bytes)
         if found is None:
-            _build(stem, [str(root / file.path) for file in files], max_bytes=max_bytes)
+            _build(stem, root, files, max_bytes=max_bytes, sign=sign)
             found = _find(stem, len(files), max_bytes=max_bytes)
     assert found is not None, f"{stem} was just built"
     return found
@@ -79,77 +93,63 @@ def _find(stem: Path, num: int, *, max_bytes: int) -> Verified | None:
         return None
     shape = (num, found.height, found.width, 3)
     num_bytes = num * found.height * found.width * 3
+    _note_use(stem.with_suffix(".json"))
     if found.uneven is not None or num_bytes > max_bytes:
         return found
     path = stem.with_suffix(".u8")
-    if not path.is_file() or path.stat().st_size != num_bytes:
+    try:
+        if path.stat().st_size != num_bytes:
+            return None
+        _note_use(path)
+        pixels = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+    except FileNotFoundError:
         return None
-    pixels = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
     return Verified(height=found.height, width=found.width, uneven=None, pixels=pixels)
 
 
-def _build(stem: Path, paths: list[str], *, max_bytes: int) -> None:
+def _note_use(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another user's, or read-only: then nobody deletes it
+        os.utime(path)
+
+
+def _build(
+    stem: Path, root: Path, files: Sequence[PictureFile], *, max_bytes: int, sign: SignOfLife
+) -> None:
     """Decode everything and publish the pixels, then the record that makes them count."""
-    for old in stem.parent.glob("[!.]*"):  # made from other files, or left by a killed process
-        old.unlink()
+    _delete_unused(stem.parent)
+    paths = [str(root / file.path) for file in files]
     try:
         width, height = decode.read_rgb(paths[0]).size
     except Exception as error:  # as in decode.decode
         _refuse([f"{paths[0]} {decode.why_unreadable(error)}"])
-    temporary = stem.with_suffix(".tmp")
     num_bytes = len(paths) * height * width * 3
-    pixels_path = temporary if num_bytes <= max_bytes else None
-    if pixels_path is not None:
-        with open(pixels_path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is known now
+    partial = Partial(
+        stem.parent,
+        {"files": stem.name, "height": height, "width": width},
+        num=len(paths),
+        num_bytes=num_bytes if num_bytes <= max_bytes else 0,
+    )
     try:
-        outcomes = _decode_all(paths, height=height, width=width, pixels_path=pixels_path)
-        failed = [line for outcome in outcomes for line in outcome.failed]
-        uneven = [line for outcome in outcomes for line in outcome.uneven]
+        failed = decode_rest(partial, paths, height=height, width=width, sign=sign)
         if failed:
             _refuse(failed)
-        if pixels_path is not None and not uneven:
-            _publish(pixels_path, stem.with_suffix(".u8"))
-    finally:
-        temporary.unlink(missing_ok=True)
-    note = f"{paths[0]} is {width}x{height}, {uneven[0]}" if uneven else None
+    except (ConfigError, OSError):  # the files must change, or the disk is full
+        partial.remove()
+        raise
+    if partial.pixels_path is not None and partial.uneven is None:
+        _publish(partial.pixels_path, stem.with_suffix(".u8"))
+    note = f"{paths[0]} is {width}x{height}, {partial.uneven}" if partial.uneven else None
+    temporary = stem.with_suffix(".tmp")
     temporary.write_text(json.dumps({"height": height, "width": width, "uneven": note}))
     _publish(temporary, stem.with_suffix(".json"))
+    partial.remove()
 
 
-def _decode_all(
-    paths: list[str], *, height: int, width: int, pixels_path: Path | None
-) -> list[decode.Outcome]:
-    inline = len(paths) <= INLINE_PICTURES
-    num_workers = 1 if inline else len(os.sched_getaffinity(0))
-    size = min(JOB_PICTURES, -(-len(paths) // num_workers))
-    jobs = [
-        decode.Job(
-            paths=paths[row : row + size],
-            height=height,
-            width=width,
-            pixels_path=None if pixels_path is None else str(pixels_path),
-            first_row=row,
-            parent=None if inline else os.getpid(),
-        )
-        for row in range(0, len(paths), size)
-    ]
-    if inline:
-        return [decode.decode(job) for job in jobs]
-    with ThreadPoolExecutor(num_workers) as pool:  # each thread waits for one process
-        return list(pool.map(_decode_in_process, jobs))
-
-
-def _decode_in_process(job: decode.Job) -> decode.Outcome:
-    done = subprocess.run(
-        [sys.executable, "-P", decode.__file__],  # -P: this folder's names hide no library
-        input=json.dumps(asdict(job)),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"a decoding process ended with {done.returncode}: {done.stderr}")
-    return decode.Outcome(**json.loads(done.stdout))
+def _delete_unused(folder: Path) -> None:
+    """Delete caches of other files, if old: what is younger may be mapped, also on other nodes."""
+    for path in folder.glob("[!.]*"):
+        if time.time() - path.stat().st_mtime > UNUSED_SEC:
+            path.unlink()
 
 
 def _refuse(failed: list[str]) -> NoReturn:
@@ -158,6 +158,5 @@ def _refuse(failed: list[str]) -> NoReturn:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)

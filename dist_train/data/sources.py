@@ -4,6 +4,7 @@ import numpy as np
 
 from dist_train.config.importing import nearest
 from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data.cache import SignOfLife, unseen
 from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
 from dist_train.data.image_folder import load_image_folder
 from dist_train.data.pictures import Pictures, Source
@@ -14,12 +15,16 @@ from dist_train.data.worker_dataset import ArrayItems, WorkerPictures
 NAMES = ("auto", "cifar10", "image_folder", "synthetic")
 
 
-def load_source(config: DataConfig) -> Source:
+def load_source(config: DataConfig, sign: SignOfLife = unseen) -> Source:
     """Load the pictures that `data.name` means; may download and decode.
 
     Call it in one process of a node before the others if `needs_a_first`. `auto` is CIFAR-10 if it
     is there or can be downloaded, else the synthetic stand-in: nodes may differ in that, so compare
     names.
+
+    Args:
+        config: which source, and where.
+        sign: called while pictures are decoded, by this process or the one that it waits for.
 
     Raises:
         ConfigError: anything wrong with the name, the files or the labels, in one line.
@@ -29,7 +34,7 @@ def load_source(config: DataConfig) -> Source:
             f"data.name={config.name} takes no data.args (given: {', '.join(config.args)}): "
             "remove them"
         )
-    source = _load(config)
+    source = _load(config, sign)
     for split, pictures in (("train", source.train), ("test", source.test)):
         if isinstance(pictures, Pictures):
             _check(pictures, f"{source.name} ({split})", num_classes=source.num_classes)
@@ -56,7 +61,7 @@ def needs_a_first(config: DataConfig) -> bool:
     return ":" in config.name
 
 
-def _load(config: DataConfig) -> Source:
+def _load(config: DataConfig, sign: SignOfLife) -> Source:
     if ":" in config.name:
         return load_user_source(config)
     match config.name:
@@ -70,7 +75,7 @@ def _load(config: DataConfig) -> Source:
         case "cifar10":
             return load_cifar10(config)
         case "image_folder":
-            return load_image_folder(config)
+            return load_image_folder(config, sign)
         case "synthetic":
             return load_synthetic(config)
     raise ConfigError(

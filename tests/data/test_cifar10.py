@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -187,6 +188,18 @@ def test_a_silent_host_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="cannot be reached"):
         cifar10._probe("https://example.org/x")
     silent.set()
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_a_proxy_is_what_must_answer(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"127.0.0.1:{proxy.getsockname()[1]}"
+        monkeypatch.setenv("https_proxy", f"{scheme}{address}")
+        cifar10._probe("https://example.invalid/x")
+    with pytest.raises(ConfigError, match=f"{address} cannot be reached"):
+        cifar10._probe("https://example.invalid/x")
 
 
 def test_names_and_checksums_are_those_of_torchvision() -> None:

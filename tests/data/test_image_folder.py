@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data import picture_cache
+from dist_train.config.compose import compose
+from dist_train.config.schema import Config, ConfigError, DataConfig
+from dist_train.data import decode, picture_cache, slices
 from dist_train.data.pictures import Pictures, Source
 from dist_train.data.sources import load_source
 from dist_train.data.worker_dataset import WorkerPictures
+from tests.ranks import run_ranks
+from tests.settings import SMALL
 
 
 def picture(value: int, size: tuple[int, int] = (8, 6), mode: str = "RGB") -> Image.Image:
@@ -35,10 +40,14 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def load(folder: Path, **settings: Any) -> Source:
+def config_of(folder: Path, **settings: Any) -> DataConfig:
     cache_dir = str(folder.parent / "cache")
     fields = {"name": "image_folder", "root": str(folder), "cache_dir": cache_dir, **settings}
-    return load_source(DataConfig(**fields))
+    return DataConfig(**fields)
+
+
+def load(folder: Path, **settings: Any) -> Source:
+    return load_source(config_of(folder, **settings))
 
 
 def in_memory(split: object) -> Pictures:
@@ -162,7 +171,29 @@ def test_a_changed_file_invalidates_the_cache(root: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     images = in_memory(load(root).train).images
     np.testing.assert_array_equal(images[1], np.asarray(picture(99)))
-    assert len(list((root.parent / "cache").rglob("*.u8"))) == 1
+
+
+def test_only_a_cache_that_nobody_has_opened_for_a_week_is_deleted(root: Path) -> None:
+    def opened_with(mtime_sec: int) -> list[Path]:
+        os.utime(root / "train" / "cat" / "1.png", (mtime_sec, mtime_sec))
+        load(root)
+        return sorted((root.parent / "cache").rglob("*.u8"))
+
+    [first] = opened_with(1)
+    _age(first, days=6)
+    [second] = {*opened_with(2)} - {first}  # as a node builds it that sees other times
+    _age(first, days=8)
+    _age(second, days=8)
+    assert {*opened_with(1)} == {first, second}, "nothing is built, so nothing is deleted"
+    [third] = {*opened_with(3)} - {first}  # the first one has just been opened
+    assert {*opened_with(3)} == {first, third}
+    assert not second.with_suffix(".json").exists()
+
+
+def _age(cache: Path, *, days: float) -> None:
+    then = time.time() - 86400 * days
+    for path in (cache, cache.with_suffix(".json")):
+        os.utime(path, (then, then))
 
 
 def test_an_added_and_a_renamed_file_invalidate_the_cache(root: Path) -> None:
@@ -201,38 +232,199 @@ def test_processes_and_one_process_make_the_same_cache(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = np.array(in_memory(load(root).train).images)
-    monkeypatch.setattr(picture_cache, "INLINE_PICTURES", 0)
-    monkeypatch.setattr(picture_cache, "JOB_PICTURES", 5)
+    monkeypatch.setattr(slices, "INLINE_PICTURES", 0)
+    monkeypatch.setattr(slices, "SLICE_PICTURES", 3)
     again = load(root, cache_dir=str(root.parent / "again"))
     np.testing.assert_array_equal(in_memory(again.train).images, expected)
     (root / "test" / "dog" / "0.png").write_text("words")
     assert "test/dog/0.png is no picture" in refusal(root)
 
 
+def test_a_refused_folder_leaves_nothing_half_done(root: Path) -> None:
+    (root / "test" / "dog" / "0.png").write_text("words")
+    refusal(root)
+    assert [p.name for p in (root.parent / "cache").rglob("*") if p.is_file()] == [".lock"]
+
+
+def test_a_decoding_process_that_dies_is_told_of_with_its_words(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = root.parent / "dies.py"
+    script.write_text("import sys; sys.stderr.write('no memory'); sys.exit(3)")
+    monkeypatch.setattr(slices, "INLINE_PICTURES", 0)
+    monkeypatch.setattr(decode, "__file__", str(script))
+    with pytest.raises(RuntimeError, match="a decoding process ended with 3: no memory"):
+        load(root)
+
+
+@pytest.mark.parametrize("inline", [0, 256])
+def test_decoding_tells_how_far_it_is(
+    inline: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "INLINE_PICTURES", inline)
+    monkeypatch.setattr(slices, "SLICE_PICTURES", 2)
+    monkeypatch.setattr(slices, "RECORD_SEC", 0.0)
+    told: list[str | None] = []
+    load_source(config_of(root), told.append)
+    if not inline:
+        assert (told.pop(0) or "").startswith("decoding 8 pictures: once, then ")
+    numbers = [(line or "").partition(" pictures, about ")[0] for line in told]
+    assert numbers == [f"decoded {num} of 8" for num in (2, 4, 6, 8)]
+    assert (told[-1] or "").endswith("about 0 s left")
+    told.clear()
+    load_source(config_of(root), told.append)
+    assert told == []
+
+
+START_SEC = 6.0
+
+
+def train_on_slow_pictures(config: Config) -> dict[str, Any]:
+    """Train where decoding a slice takes a third of the start's limit, and all of them more."""
+    from dist_train.train import train
+
+    def slow(path: str) -> Image.Image:
+        time.sleep(START_SEC / 3 / slices.SLICE_PICTURES)
+        return decode_rgb(path)
+
+    decode_rgb = decode.read_rgb
+    decode.read_rgb = slow
+    slices.SLICE_PICTURES, slices.RECORD_SEC = 2, 0.0
+    return train(config)
+
+
+@pytest.mark.slow
+def test_a_start_may_take_longer_than_its_limit_while_pictures_are_decoded(root: Path) -> None:
+    run_dir = root.parent / "run"
+    words = [word for word in SMALL if not word.startswith("data.")]
+    words += ["data.name=image_folder", f"data.root={root}", "data.crop_padding=0"]
+    words += [f"data.cache_dir={root.parent / 'cache'}", "data.val_fraction=0"]
+    words += [f"run_dir={run_dir}", "train.steps=2", "train.global_batch_size=6"]
+    config = compose([*words, f"parallel.start_timeout_sec={START_SEC}"]).config
+    assert run_ranks(train_on_slow_pictures, 2, config)[0]["state"] == "finished"
+    said = (run_dir / "log" / "rank0.txt").read_text()
+    assert said.count("decoded 2 of 8 pictures, about ") == 1
+    assert said.count("decoded 6 of 8 pictures, about ") == 1
+
+
 BUILD = """
+import os
 import sys
+import time
 from pathlib import Path
 from dist_train.config.schema import DataConfig
-from dist_train.data import picture_cache
+from dist_train.data import decode, picture_cache, slices
 from dist_train.data.folder_scan import scan_folder
 from dist_train.data.picture_cache import verified_pictures
-build = picture_cache._build
+fate, max_bytes = sys.argv[3], int(sys.argv[4])
+build, read_rgb = picture_cache._build, decode.read_rgb
 def told(*args, **kwargs):
     print("built")
-    if sys.argv[3] == "die":
-        import os
+    if fate == "die":
         os.kill(os.getpid(), 9)
     build(*args, **kwargs)
-picture_cache._build = told
+reads = []
+def read(path):
+    reads.append(path)
+    if fate == f"die at picture {len(reads)}":
+        os.kill(os.getpid(), 9)
+    if fate == "live slowly":
+        time.sleep(0.3)
+    return read_rgb(path)
+picture_cache._build, decode.read_rgb = told, read
+slices.SLICE_PICTURES, slices.RECORD_SEC = 2, 0.0
 folder = scan_folder(sys.argv[1])
 files = [*folder.train, *folder.test]
-verified_pictures(folder.root, files, cache_dir=Path(sys.argv[2]), max_bytes=2**20)
+verified_pictures(folder.root, files, cache_dir=Path(sys.argv[2]), max_bytes=max_bytes)
 """
 
 
-def build(root: Path, fate: str) -> subprocess.Popen[str]:
+def build(root: Path, fate: str, *, max_bytes: int = 2**20) -> subprocess.Popen[str]:
+    """Decode in a process of its own, in slices of two, which are recorded at once."""
     command = [sys.executable, "-u", "-c", BUILD, str(root), str(root.parent / "cache"), fate]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, str(max_bytes)], stdout=subprocess.PIPE, text=True)
+
+
+def opened_by(
+    root: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[Source, list[str]]:
+    """Return what a load in this process makes, and the pictures that it opens."""
+    opened: list[str] = []
+
+    def read_rgb(path: str) -> Image.Image:
+        opened.append(str(Path(path).relative_to(root.resolve()).with_suffix("")))
+        return decode_rgb(path)
+
+    decode_rgb = decode.read_rgb
+    monkeypatch.setattr(decode, "read_rgb", read_rgb)
+    monkeypatch.setattr(slices, "SLICE_PICTURES", 2)
+    return load(root, **settings), opened
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_killed_process_has_decoded_is_not_decoded_again(
+    kept: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = in_memory(load(root, cache_dir=str(root.parent / "other")).train).images
+    killed = build(root, "die at picture 6", max_bytes=2**20 if kept else 0)
+    assert (killed.communicate()[0], killed.returncode) == ("built\n", -signal.SIGKILL)
+    source, opened = opened_by(root, monkeypatch, loader="auto" if kept else "workers")
+    assert opened == ["train/cat/0", "train/dog/1", "train/dog/2", "test/cat/0", "test/dog/0"]
+    if kept:
+        np.testing.assert_array_equal(in_memory(source.train).images, expected)
+    assert not list((root.parent / "cache").rglob(".partial*"))
+
+
+def test_a_picture_of_another_size_is_remembered_of_a_killed_process(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(7, (9, 6)).save(root / "train" / "cat" / "1.png")
+    build(root, "die at picture 6").communicate()
+    source, opened = opened_by(root, monkeypatch)
+    assert len(opened) == 5
+    assert isinstance(source.train, WorkerPictures)
+    assert "train/cat/1.png is 9x6" in refusal(root, loader="memory")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["a picture", "a picture and back", "the record", "the pixels", "no pixels", "max_bytes"],
+)
+def test_what_a_killed_process_has_decoded_of_other_files_or_not_whole_is_not_used(
+    changed: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(root / "train" / "cat" / "0.png", (2, 2))
+    killed = build(root, "die at picture 6", max_bytes=0 if changed == "max_bytes" else 2**20)
+    killed.communicate()
+    [record] = (root.parent / "cache").rglob(".partial.json")
+    if changed == "a picture":
+        picture(99).save(root / "train" / "cat" / "0.png")
+    elif changed == "a picture and back":
+        os.utime(root / "train" / "cat" / "0.png", (1, 1))
+        build(root, "die at picture 2").communicate()
+        os.utime(root / "train" / "cat" / "0.png", (2, 2))
+    elif changed == "the record":
+        record.write_bytes(record.read_bytes()[:-9])
+    elif changed == "the pixels":
+        record.with_suffix(".u8").write_bytes(b"half")
+    elif changed == "no pixels":
+        record.with_suffix(".u8").unlink()
+    source, opened = opened_by(root, monkeypatch)
+    assert len(opened) == 9, "eight, and the first one for its size"
+    expected = in_memory(load(root, cache_dir=str(root.parent / "other")).train).images
+    np.testing.assert_array_equal(in_memory(source.train).images, expected)
+
+
+def test_who_waits_for_another_process_sees_how_far_it_is(root: Path) -> None:
+    told: list[str | None] = []
+    with build(root, "live slowly") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "built\n"
+        assert len(load_source(config_of(root), told.append).train) == 6
+    assert other.returncode == 0
+    assert len(told) >= 2
+    assert all((line or "").startswith("decoded ") for line in told)
+    assert len(set(told)) == len(told), "a line that is there still is no sign of life"
 
 
 def test_of_several_processes_one_builds(root: Path) -> None:
@@ -253,9 +445,9 @@ def test_a_cache_dir_that_cannot_be_written_names_the_setting(root: Path) -> Non
 def test_an_unguarded_script_can_decode(root: Path) -> None:
     script = f"""
 from dist_train.config.schema import DataConfig
-from dist_train.data import picture_cache
+from dist_train.data import picture_cache, slices
 from dist_train.data.folder_scan import scan_folder
-picture_cache.INLINE_PICTURES = 0
+slices.INLINE_PICTURES = 0
 folder = scan_folder({str(root)!r})
 from pathlib import Path
 cache = Path({str(root.parent / "cache")!r})
