@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,53 +45,83 @@ CAUSES = {"data 0.005": "data", "slow 1.5": "waiting", "link 0.005": "all_reduce
 DELAYS_SEC = (0.0, 0.001, 0.005)
 COUNTS = (4, 8)
 TRIES, SLOWER = 10, 0.05
-SECONDS, LIMIT_SEC, PORT = 3.0, 240.0, 29500
+SECONDS, LIMIT_SEC, STOP_SEC, PORT = 3.0, 240.0, 60.0, 29500
+SHOWN = 200  # characters of a failure, in the table
+FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)  # of one case
 
 
 def measure() -> dict[str, Any]:
-    """Measure all three."""
+    """Measure all three; a case that cannot be measured says why, and the others are kept."""
     os.environ["PYTHONPATH"] = str(ROOT)
     return {"causes": causes(), "scale": scale(), "compare": compare()}
 
 
 def causes() -> list[dict[str, Any]]:
     """Return for each fault what was named, and what the largest parts were."""
-    found = []
-    for fault, part in CAUSES.items():
-        word, amount = fault.split()
-        if word == "link":
-            result = over_a_link(SMALL_STEP, float(amount))
-        else:
-            result = here(SMALL_STEP, 2, fault)
-        if result is None:
-            found.append({"fault": fault, "not_run": why_no_cable()})
-            continue
-        advice = advice_for(result)
-        assert advice is not None
-        told = {"fault": fault, "wanted": part, "named": advice["part"], "text": advice["text"]}
-        found.append(told | {"parts_sec": result["parts_sec"]})
-        say(f"{fault}: {advice['part']}: {advice['text']}")
-    return found
+    return [
+        {"fault": fault} | attempted(partial(cause, fault, part)) for fault, part in CAUSES.items()
+    ]
+
+
+def cause(fault: str, part: str) -> dict[str, Any]:
+    """Return what is named when one thing is wrong; `part` is what should be.
+
+    Raises:
+        RuntimeError, OSError, SubprocessError: it could not be measured.
+    """
+    word, amount = fault.split()
+    if word == "link":
+        result = over_a_link(SMALL_STEP, float(amount))
+    else:
+        result = here(SMALL_STEP, 2, fault)
+    advice = advice_for(result)
+    if advice is None:
+        raise RuntimeError("the parts of the step were not measured")
+    say(f"{fault}: {advice['part']}: {advice['text']}")
+    told = {"wanted": part, "named": advice["part"], "text": advice["text"]}
+    return told | {"parts_sec": result["parts_sec"]}
 
 
 def scale() -> list[dict[str, Any]]:
     """Return predicted and measured step times over links with a delay, and on many ranks."""
-    found = []
-    cases: list[tuple[str, dict[str, Any] | None]] = [
-        (f"2 ranks, {1000 * delay:g} ms of delay each way", over_a_link(SMALL_STEP, delay))
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        f"2 ranks, {1000 * delay:g} ms of delay each way": partial(over_a_link, SMALL_STEP, delay)
         for delay in DELAYS_SEC
-    ]
-    cases += [(f"{count} ranks that sleep", here(SLEEPING, count)) for count in COUNTS]
-    for name, result in cases:
-        if result is None:
-            found.append({"case": name, "not_run": why_no_cable()})
-            continue
-        told = predictions([result])
-        assert told is not None
-        [check] = told["checked"]
-        found.append({"case": name} | check)
-        say(f"{name}: predicted {check['predicted_sec']:.5f} s, error {check['error']:+.1%}")
-    return found
+    }
+    cases |= {f"{count} ranks that sleep": partial(here, SLEEPING, count) for count in COUNTS}
+    return [{"case": name} | attempted(partial(checked, name, cases[name])) for name in cases]
+
+
+def checked(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the model of scale's prediction for what `work` measures, and its error.
+
+    Raises:
+        RuntimeError, OSError, SubprocessError: it could not be measured.
+    """
+    told = predictions([work()])
+    if told is None or not told["checked"]:
+        raise RuntimeError("no prediction: the times of the all-reduce do not grow with its size")
+    [check] = told["checked"]
+    say(f"{name}: predicted {check['predicted_sec']:.5f} s, error {check['error']:+.1%}")
+    return check
+
+
+def attempted(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `work` finds, or why it could not."""
+    try:
+        return work()
+    except FAILURES as failure:
+        return {"not_run": why(failure)}
+
+
+def why(failure: Exception) -> str:
+    """Return a failure in words, with what a command said."""
+    said = failure.stderr if isinstance(failure, subprocess.CalledProcessError) else None
+    text = (
+        f"{failure}: {said.decode(errors='replace')}" if isinstance(said, bytes) else f"{failure}"
+    )
+    say(text)
+    return text.strip()
 
 
 def compare() -> dict[str, Any]:
@@ -101,23 +132,29 @@ def compare() -> dict[str, Any]:
 
         def report(number: str, *more: str) -> dict[str, Any]:
             file = folder / f"{number}.json"
-            assert main.main([*options, "--json", str(file), *more, *SMALL_STEP]) == 0
+            code = main.main([*options, "--json", str(file), *more, *SMALL_STEP])
+            if code != 0:
+                raise RuntimeError(f"dist-train bench failed (exit code {code}) in {number}")
             return json.loads(file.read_text())
 
-        same, slower = [], []
-        report("0")
-        for number in range(TRIES):
-            before = ["--compare", str(folder / f"{number}.json")]
-            now = report(str(number + 1), *before)
-            same.append(now["compared"][0])
-            sec = SLOWER * now["setups"][0]["step_sec"]["value"]
-            before = ["--compare", str(folder / f"{number + 1}.json")]
-            with mock.patch.dict(os.environ, {VARIABLE: f"sleep {sec}"}):
-                slower.append(report(f"slower {number}", *before)["compared"][0])
-            told = [f"{lines[-1]['change']:+.1%}" for lines in (same, slower)]
-            say(f"try {number + 1}: the same code {told[0]}, slower code {told[1]}")
-    return {
-        "tries": TRIES,
+        same, slower, failed = [], [], {}
+        try:
+            report("0")
+            for number in range(TRIES):
+                before = ["--compare", str(folder / f"{number}.json")]
+                now = report(str(number + 1), *before)
+                sec = SLOWER * now["setups"][0]["step_sec"]["value"]
+                before = ["--compare", str(folder / f"{number + 1}.json")]
+                with mock.patch.dict(os.environ, {VARIABLE: f"sleep {sec}"}):
+                    late = report(f"slower {number}", *before)
+                same.append(now["compared"][0])
+                slower.append(late["compared"][0])
+                told = [f"{lines[-1]['change']:+.1%}" for lines in (same, slower)]
+                say(f"try {number + 1}: the same code {told[0]}, slower code {told[1]}")
+        except FAILURES as failure:
+            failed = {"not_run": why(failure)}
+    return failed | {
+        "tries": len(same),
         "slower_by": SLOWER,
         "same": same,
         "slower": slower,
@@ -133,10 +170,15 @@ def here(words: tuple[str, ...], count: int, fault: str | None = None) -> dict[s
     return _result(words, count, [command], {VARIABLE: fault} if fault else {})
 
 
-def over_a_link(words: tuple[str, ...], delay_sec: float) -> dict[str, Any] | None:
-    """Return the result of two ranks whose packets take `delay_sec` each way; None: no link."""
-    if why_no_cable() is not None:
-        return None
+def over_a_link(words: tuple[str, ...], delay_sec: float) -> dict[str, Any]:
+    """Return the result of two ranks whose packets take `delay_sec` each way.
+
+    Raises:
+        RuntimeError, OSError, SubprocessError: no link can be laid here, or a launch failed.
+    """
+    reason = why_no_cable()
+    if reason is not None:
+        raise RuntimeError(reason)
     with Cable(seed=0) as cable:
         cable.delay_sec = delay_sec
         commands = [
@@ -180,9 +222,15 @@ def _launch(
     env = os.environ | environment | {"OMP_NUM_THREADS": "1"}
     with _started([[*command, *rest] for command in commands], env, folder) as processes:
         for process in processes:
-            if process.wait(timeout=LIMIT_SEC) != 0:
-                texts = [path.read_text()[-2000:] for path in folder.glob("*.txt")]
-                raise RuntimeError("\n".join(texts))
+            try:
+                code = process.wait(timeout=LIMIT_SEC)
+            except subprocess.TimeoutExpired:
+                code = None
+            if code != 0:
+                ended = "did not come to an end" if code is None else f"failed (exit code {code})"
+                texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.txt"))]
+                said = "\n".join(text[-2000:] for text in texts)
+                raise RuntimeError(f"a launch {ended}; the ranks said last:\n{said}")
     return json.loads(out.read_text())
 
 
@@ -200,7 +248,12 @@ def _started(
         finally:
             for process in processes:
                 process.terminate()
-                process.wait()
+            for process in processes:
+                try:
+                    process.wait(timeout=STOP_SEC)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def say(text: str) -> None:
@@ -213,14 +266,14 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| what is wrong, on 2 ranks | named first | in words |", "|---|---|---|"]
     for told in found["causes"]:
         if "not_run" in told:
-            lines.append(f"| {told['fault']} | not run: {told['not_run']} | |")
+            lines.append(f"| {told['fault']} | not run: {_in_a_cell(told['not_run'])} | |")
         else:
             mark = "" if told["named"] == told["wanted"] else f" (**wanted {told['wanted']}**)"
             lines.append(f"| {told['fault']} | {told['named']}{mark} | {told['text']} |")
     lines += ["", "| case | step predicted, ms | measured, ms | error |", "|---|---|---|---|"]
     for check in found["scale"]:
         if "not_run" in check:
-            lines.append(f"| {check['case']} | not run: {check['not_run']} | | |")
+            lines.append(f"| {check['case']} | not run: {_in_a_cell(check['not_run'])} | | |")
         else:
             times = [f"{1000 * check[key]:.2f}" for key in ("predicted_sec", "measured_sec")]
             lines.append(f"| {check['case']} | {' | '.join(times)} | {check['error']:+.1%} |")
@@ -231,4 +284,12 @@ def table(found: dict[str, Any]) -> str:
         f"{both['tries']} tries; of code whose steps sleep {both['slower_by']:.0%} longer in "
         f"{both['slower_told']} of {both['tries']}.",
     ]
+    if "not_run" in both:
+        lines[-1] += f" No more tries: {_in_a_cell(both['not_run'])}."
     return "\n".join(lines)
+
+
+def _in_a_cell(text: str) -> str:
+    """Return the end of a text in one line that a table of Markdown can hold."""
+    line = " ".join(text.split()).replace("|", "/").encode("ascii", "replace").decode()
+    return line if len(line) <= SHOWN else f"... {line[-SHOWN:]}"

@@ -154,7 +154,7 @@ def training(folder: Path) -> dict[str, Any]:
         ranks = stack.enter_context(start_ranks(config))
         run = stack.enter_context(open_run(config, ranks))
         data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train)
+        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         parts = build_parts(config, plan, data, run)
         stack.callback(parts.replica.close)
         meter = Meter(ranks, plan)

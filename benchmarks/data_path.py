@@ -137,7 +137,7 @@ def training() -> dict[str, Any]:
         config = compose([*words, f"run_dir={folder}/run"]).config
         with start_ranks(config) as ranks, open_run(config, ranks) as run:
             data = open_data(config, ranks)
-            plan = make_plan(config, data.num_train)
+            plan = make_plan(config, data.num_train, world_size=ranks.world_size)
             parts = build_parts(config, plan, data, run)
             throw_away_step(parts, data, step=0)
             sampler = GlobalOrderSampler(

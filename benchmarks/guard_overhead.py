@@ -96,7 +96,7 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
     config = compose([*words, f"run_dir={folder}/run", "optim.clip_norm=1", "device=cpu"]).config
     with start_ranks(config) as ranks, open_run(config, ranks) as run:
         data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train)
+        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         with watch(config, ranks, run.path, run.warn):
             parts = build_parts(config, plan, data, run)
             throw_away_step(parts, data, step=0)

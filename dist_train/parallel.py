@@ -94,14 +94,20 @@ class Replica:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Take steps without the other ranks, on this one's gradients only: to be measured."""
-        held, form = self.gradients, self.form
-        self.gradients = FlatGradients(self.params, replace(self.ranks, control=None))
+        """Take steps without the other ranks, on this one's gradients only: to be measured.
+
+        A step that goes wrong is this rank's matter, too. It keeps its rank and its share of the
+        batch.
+        """
+        ranks, gradients, form = self.ranks, self.gradients, self.form
+        self.ranks = replace(ranks, control=None)
+        self.gradients = FlatGradients(self.params, self.ranks)
         self.form, self._loss_weight = "flat", None
         try:
             yield
         finally:
-            self.gradients, self.form, self._loss_weight = held, form, None
+            self.ranks, self.gradients, self.form = ranks, gradients, form
+            self._loss_weight = None
 
     def close(self) -> None:
         """Let go of DDP while its process group lives.

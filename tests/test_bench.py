@@ -1,21 +1,29 @@
 """The benchmark: its arithmetic on made-up launches, and what it names in real ones."""
 
+import argparse
+import contextlib
+import itertools
 import json
+import math
+import os
 import random
+import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_train.bench import compare
+from dist_train.bench import compare, worker
 from dist_train.bench.advice import advice_for
 from dist_train.bench.breakdown import PARTS, parts_of, slowest_rank
 from dist_train.bench.intervals import geometric_mean_of, mean_of
-from dist_train.bench.launches import Setup, setups_of
+from dist_train.bench.launches import FIXED, Setup, settings_of, setups_of
+from dist_train.bench.machine_speed import peak_of
 from dist_train.bench.main import main
-from dist_train.bench.page import write_page
+from dist_train.bench.page import _bars, write_page
 from dist_train.bench.report import as_text
 from dist_train.bench.results import results_of
 from dist_train.bench.scale import (
@@ -29,7 +37,20 @@ from dist_train.bench.scale import (
     step_sec,
 )
 from dist_train.bench.steady import warm_up_length
-from dist_train.config import ConfigError
+from dist_train.bench.ways import Steps
+from dist_train.claim import open_run
+from dist_train.config import Config, ConfigError
+from dist_train.config.compose import compose
+from dist_train.data.loaders import open_data
+from dist_train.data.memory_loader import MemoryLoader
+from dist_train.data.worker_loader import WorkerLoader
+from dist_train.device import threads_asked, threads_of
+from dist_train.distributed import start_ranks
+from dist_train.layout import Layout
+from dist_train.metrics import Meter
+from dist_train.plan import make_plan
+from dist_train.start import build_parts, throw_away_step
+from dist_train.state import Parts
 from tests.ranks import run_ranks
 from tests.settings import small
 
@@ -207,6 +228,18 @@ def test_the_model_of_scale_hides_what_the_backward_covers() -> None:
     assert late > step_sec(step, 64, reduce)
 
 
+@pytest.mark.parametrize(
+    ("count", "deviations"),  # Harter 1961, Biometrika 48:151, table 1
+    [(2, 0.56419), (3, 0.84628), (8, 1.42360), (20, 1.86748), (100, 2.50759)],
+)
+def test_the_slowest_of_some_ranks_is_as_late_as_the_largest_of_normal_values(
+    count: int, deviations: float
+) -> None:
+    step = Step(0.01, 0.08, 0.01, 0.001, ((4, 1.0),), overlapped=False)
+    late = step_sec(step, count, lambda size, count: 0.0) - step.alone_sec
+    assert late / step.jitter_sec == pytest.approx(deviations, rel=0.05)
+
+
 def test_goodput_falls_with_ranks_and_with_the_cost_of_a_save() -> None:
     usual = {"save_sec": 1.0, "restart_sec": 60.0, "mtbf_hours_of_one": 50_000.0}
     found = [goodput(count, **usual) for count in (8, 1024, 16384)]
@@ -262,8 +295,40 @@ def test_a_slower_machine_is_no_slower_code() -> None:
     assert "no change of the step time beyond noise" in told
 
 
+@pytest.mark.parametrize(("more", "machine"), [(0.1, 0.7), (0.1, 1.6), (-0.1, 1.4), (-0.1, 0.6)])
+def test_the_part_that_made_the_change_is_named_on_a_faster_and_a_slower_machine(
+    more: float, machine: float
+) -> None:
+    """Of code with a slower data path and of one with a faster."""
+    [single, _] = results_of(measured_setups())
+    parts = single["parts_sec"]
+    step = sum(parts.values())
+    other = {name: machine * sec for name, sec in parts.items()}
+    other["data"] += machine * more * step
+    old = report_of([times(single, 1.0)])
+    new = report_of([times(single, 1 + more, machine) | {"parts_sec": other}])
+    [line] = compare.compare(old, new)
+    assert line["part"] == "data"
+    assert "most of it waiting for data" in compare.as_text([line], old, new)
+
+
+def test_another_job_is_told_when_reports_are_compared() -> None:
+    [single, _] = results_of(measured_setups())
+    old = report_of([times(single, 1.0) | {"threads": 2}])
+    del old["setups"][0]["micro_batch_size"]
+    changed = {"threads": 1, "precision": "bf16", "micro_batch_size": 32}
+    new = report_of([times(single, 1.0) | changed]) | {"experiment": "f"}
+    [line] = compare.compare(old, new)
+    assert line["differs"] == {"precision": ["fp32", "bf16"], "threads": [2, 1]}
+    told = compare.as_text([line], old, new)
+    assert "not the same experiment: e then, f now" in told
+    assert "1 ranks, batch 64: not the same threads: 2 then, 1 now" in told
+    assert "not the same" not in compare.as_text(compare.compare(old, old), old, old)
+
+
 def test_the_report_shows_every_part_and_curve() -> None:
     text = as_text(report_of(results_of(measured_setups())))
+    assert "MFU: of 0.1 TFLOP/s a rank (the fastest product of matrices seen here)" in text
     assert "strong scaling" in text
     assert "not explained" in text
     assert "NVLink" in text
@@ -278,6 +343,72 @@ def test_the_page_holds_all_of_the_report(tmp_path: Path) -> None:
     assert "http" not in text.split("<svg")[0], "it needs nothing from elsewhere"
     assert "parallel.sync=overlap" in text
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_bars_of_the_page_add_up_to_the_step(tmp_path: Path) -> None:
+    parts = parts_of(two(alone=0.0065, ready=0.011, full=0.0105))
+    assert parts is not None
+    assert min(parts.values()) < 0
+    bars = _bars(parts)
+    assert sum(width for _, width in bars.values()) == pytest.approx(0.0105)
+    spans = sorted((min(at, at + sec), max(at, at + sec)) for at, sec in bars.values() if sec)
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        assert start == pytest.approx(end), "they neither overlap nor leave a gap"
+    [setup] = setups_of([(2, 0)], 64, ("strong",))
+    report = report_of(results_of([(setup, [two(alone=0.0065)] * 2)]))
+    page, _ = write_page(report, tmp_path / "report.html")
+    assert "came out negative" in page.read_text(), "matplotlib writes each text as a comment"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tera_flops", "told"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312, "bf16"),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 156, "TF32"),
+        ("NVIDIA H200", "fp32", 495, "TF32"),
+        ("Tesla V100-SXM2-16GB", "fp32", 15.7, "fp32"),
+    ],
+)
+def test_a_peak_is_that_of_the_units_in_use(
+    name: str, precision: str, tera_flops: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = peak_of(name, precision)
+    assert found is not None
+    assert found[0] == pytest.approx(1e12 * tera_flops)
+    assert found[1].startswith(told)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    without = peak_of(name, precision)
+    assert without is not None
+    assert "TF32" not in without[1]
+    assert peak_of("a GPU of tomorrow", precision) is None
+
+
+def test_the_report_says_which_peak_it_means() -> None:
+    launch = one()
+    launch["ranks"][0] |= {"peak_flops_per_sec": 156e12, "peak_of": "TF32"}
+    [setup] = setups_of([(1, 0)], 64, ("strong",))
+    text = as_text(report_of(results_of([(setup, [launch, launch])])))
+    assert "MFU: of 156 TFLOP/s a rank (data sheet, dense, TF32)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"), [([], 1), (["threads=3"], 3), (["train.order=fixed"], 1)]
+)
+def test_ranks_compute_with_as_many_threads_at_every_count(
+    words: list[str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    overrides = ["experiment=cifar10_tutorial", "train.global_batch_size=64", *words]
+    options = argparse.Namespace(overrides=overrides, config=None, config_dir=None)
+    for setup in setups_of([(1, 0), (2, 0), (16, 0)], 64, ("strong",)):
+        config = compose(overrides).config
+        config = compose(settings_of(setup, options, config, threads=1)).config
+        launcher = "single" if setup.num_ranks == 1 else "torchrun"
+        layout = Layout(
+            launcher=launcher, world_size=setup.num_ranks, local_world_size=setup.num_ranks
+        )
+        environment = {"OMP_NUM_THREADS": "1"}
+        assert threads_of(threads_asked(config), layout, environment) == threads
 
 
 @pytest.mark.parametrize(
@@ -300,12 +431,205 @@ def test_mistakes_are_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[tuple[Steps, Parts]]:
+    """Make what a launch measures with."""
+    with start_ranks(config) as ranks, open_run(config, ranks) as run:
+        data = open_data(config, ranks)
+        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
+        parts = build_parts(config, plan, data, run)
+        throw_away_step(parts, data, step=0)
+        yield Steps(parts, data), parts
+        parts.replica.close()
+
+
+def batches_of_full_blocks(config: Config, ways: list[tuple[str, int]]) -> tuple[list[int], int]:
+    """Take blocks; returns the steps at which the loader was asked to begin, and its batches."""
+    begun, taken = [], 0
+
+    def noted(real: Any) -> Any:
+        def train_batches(self: Any, sampler: Any, first: int, last: int) -> Iterator[Any]:
+            nonlocal taken
+            begun.append(first)
+            for batch in real(self, sampler, first, last):
+                taken += 1
+                yield batch
+
+        return train_batches
+
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in (MemoryLoader, WorkerLoader):
+            patch.setattr(loader, "train_batches", noted(loader.train_batches))
+        with opened(config) as (steps, _):
+            for way, count in ways:
+                assert len(steps.block(way, count)) == count
+    return begun, taken
+
+
+def test_other_blocks_do_not_start_the_loader_anew(tmp_path: Path) -> None:
+    ways = [("full", 2), ("ready", 2), ("full", 2), ("alone", 2), ("bare", 2), ("full", 2)]
+    assert run_ranks(batches_of_full_blocks, 0, small(tmp_path), ways) == [([0], 6)]
+
+
+@pytest.mark.slow
+def test_what_workers_loaded_ahead_is_taken_before_a_full_block(tmp_path: Path) -> None:
+    words = ("data.loader=workers", "data.num_workers=1", "data.image_size=12")
+    ways = [("full", 2), ("full", 2), ("ready", 1), ("bare", 1), ("full", 2), ("full", 2)]
+    found = run_ranks(batches_of_full_blocks, 0, small(tmp_path, *words), ways)
+    assert found == [([0], 8 + 2)], "two batches a worker, once"
+
+
+def meetings_alone(config: Config) -> int:
+    count = 0
+    meet = Meter.meet
+
+    def counted(self: Meter, *args: Any, **options: Any) -> bool:
+        nonlocal count
+        count += 1
+        return meet(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, opened(config) as (steps, _):
+        patch.setattr("dist_train.metrics.AGREE_EVERY_SEC", 1e9)  # a line decides, not the clock
+        patch.setattr(Meter, "meet", counted)
+        steps.block("alone", 40)
+    return count
+
+
+@pytest.mark.slow
+def test_ranks_alone_add_up_their_numbers_as_often_as_in_training(tmp_path: Path) -> None:
+    """At the first step, and for every line."""
+    config = small(tmp_path, *FIXED, "log_every=5")
+    assert run_ranks(meetings_alone, 2, config) == [9, 9]
+
+
+def wrong_alone(config: Config, how: str) -> tuple[int | None, float | None, int]:
+    """Let a step of rank 1 go wrong in a block without the others; then take one with them.
+
+    Returns:
+        The micro-batch and the scale after it, and how often it went wrong.
+    """
+    fired = 0
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "scaled":  # by fp16's scaler, though the step computes in fp32
+            patch.setattr("dist_train.start.agreed_precision", lambda config, ranks: ("fp16", None))
+        with opened(config) as (steps, parts):
+            parts.precision = "fp32"
+            from dist_train import step
+
+            backward = step.backward
+
+            def wrong(loss: Any, weight: Any) -> None:
+                nonlocal fired
+                fired += 1
+                if how != "memory":
+                    backward(loss, weight * math.nan)
+                elif fired == 1:
+                    raise torch.OutOfMemoryError("out of memory")
+                else:
+                    backward(loss, weight)
+
+            with pytest.MonkeyPatch.context() as fault:
+                if parts.replica.ranks.rank == 1:
+                    fault.setattr(step, "backward", wrong)
+                steps.block("alone", 1)
+            steps.block("full", 2)
+            scale = None if parts.scaler is None else parts.scaler.get_scale()
+            return parts.recovery.micro_batch_size, scale, fired
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "words", "alike", "fired"),
+    [
+        ("memory", (), (6, None), 3),  # the first try, then both halves
+        ("not finite", ("guards.lag=1",), (None, None), 1),
+        ("scaled", (), (None, 65536.0), 1),
+    ],
+)
+def test_a_step_that_goes_wrong_alone_concerns_no_other_rank(
+    how: str, words: tuple[str, ...], alike: tuple[Any, ...], fired: int, tmp_path: Path
+) -> None:
+    short = ("parallel.start_timeout_sec=20", *words)
+    first, second = run_ranks(wrong_alone, 2, small(tmp_path, *short), how)
+    assert (first, second) == ((*alike, 0), (*alike, fired))
+
+
+def forwarded(config: Config) -> dict[str, list[int]]:
+    """Return how many pictures are forwarded at once in a step, by way."""
+    sizes: dict[str, list[int]] = {"alone": [], "bare": []}
+    with opened(config) as (steps, parts):
+        for way, found in sizes.items():
+            hook = parts.replica.module.register_forward_pre_hook(
+                lambda module, inputs, found=found: found.append(len(inputs[0]))
+            )
+            steps.block(way, 1)
+            hook.remove()
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (("train.order=fixed", "train.num_shards=4"), [6, 6, 6, 6]),
+        (("train.micro_batch_size=10",), [8, 8, 8]),
+    ],
+)
+def test_a_bare_step_computes_in_the_pieces_of_a_whole_one(
+    words: tuple[str, ...], sizes: list[int], tmp_path: Path
+) -> None:
+    [found] = run_ranks(forwarded, 0, small(tmp_path, *words))
+    assert found == {"alone": sizes, "bare": sizes}
+
+
+def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, Any], float, Any]:
+    """Measure with a benchmark that takes memory itself; notes the phases of what comes last."""
+    phases: dict[str, str] = {}
+    kept: list[torch.Tensor] = []
+    save, product = worker._save_sec, worker.product_rate
+    flops = worker.flops_of_a_sample
+
+    with pytest.MonkeyPatch.context() as patch:
+        pulses: list[Any] = []
+
+        def build(*args: Any) -> Parts:
+            parts = build_parts(*args)
+            pulses.append(parts.replica.ranks.pulse)
+            return parts
+
+        def with_phase(name: str, real: Any) -> Any:
+            def noted(*args: Any) -> Any:
+                phases[name] = pulses[0].phase
+                return real(*args)
+
+            return noted
+
+        def large(*args: Any) -> float:
+            if not kept:
+                kept.append(torch.ones(own_bytes // 4))
+            return product(*args)
+
+        patch.setattr(worker, "build_parts", build)
+        patch.setattr(worker, "product_rate", large)
+        patch.setattr(worker, "_save_sec", with_phase("save", save))
+        patch.setattr(worker, "flops_of_a_sample", with_phase("flops", flops))
+        spec = worker.Spec(out="", seconds=0.1, seed=0, begun=time.time())
+        found = worker.measure(config, spec)
+    assert found is not None
+    peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found["ranks"][0], peak, phases
+
+
+@pytest.mark.slow
+def test_a_launch_measures_the_training_and_not_itself(tmp_path: Path) -> None:
+    config = small(tmp_path, "train.steps=1000000000", "eval.every_epochs=null")
+    size = 256 << 20
+    [(rank, peak, phases)] = run_ranks(measured_with_matrices, 0, config, size)
+    assert 0 < rank["memory_bytes"] < peak - size / 2, "its own matrices are no part of training"
+    assert phases == {"flops": "start", "save": "checkpoint"}, "what the watchdog waits for"
+
+
 def measured(config: Any, trouble: str) -> dict[str, Any] | None:
     """Measure with a fault: late batches, a slow rank, or a slow all-reduce."""
-    import os
-
-    from dist_train.bench import worker
-    from dist_train.data.memory_loader import MemoryLoader
     from dist_train.gradients import FlatGradients
 
     late = 0.05

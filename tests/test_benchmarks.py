@@ -1,12 +1,20 @@
 """The tables of this repository's own measurements, from made-up findings."""
 
+import os
+import socket
+import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import checkpoint_cost, scaling
+from benchmarks import bench_truth, checkpoint_cost, scaling
 from benchmarks.__main__ import MEASURED
 from benchmarks.intervals import RESULTS
+from benchmarks.reliability.cable import Cable, why_no_cable
+from dist_train.bench.results import results_of
+from tests.test_bench import measured_setups
 
 CHECK = {"predicted_sec": 0.02, "measured_sec": 0.021, "error": -0.048}
 LINE = {"changed": True, "change": 0.05}
@@ -92,3 +100,71 @@ def test_every_table_has_its_place_in_the_results(name: str) -> None:
     text = RESULTS.read_text()
     assert text.count(f"<!-- {name}: made by `make bench` -->") == 1
     assert text.count(f"<!-- {name}: end -->") == 1
+
+
+def test_a_launch_that_hangs_is_told_with_what_its_ranks_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_truth, "LIMIT_SEC", 1.0)
+    words = ["sh", "-c", "echo I am rank 0; exec sleep 60"]
+    work = partial(bench_truth._launch, (), [words], {}, tmp_path / "run", 0)
+    told = bench_truth.attempted(work)["not_run"]
+    assert "did not come to an end" in told
+    assert "I am rank 0" in told
+
+
+def test_what_could_be_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = results_of(measured_setups())[1]
+    odd = pair | {"all_reduce": [(4, 0.002), (1 << 20, 0.001)]}
+
+    def here(words: tuple[str, ...], count: int, fault: str | None = None) -> dict[str, Any]:
+        if fault == "slow 1.5":
+            raise RuntimeError("rank 1 failed:\nOSError | no")
+        return odd if count == 8 else pair
+
+    monkeypatch.setattr(bench_truth, "here", here)
+    monkeypatch.setattr(bench_truth, "why_no_cable", lambda: "needs root")
+    monkeypatch.setattr(bench_truth.main, "main", lambda words: 1)
+    found = bench_truth.measure()
+    assert [case.get("not_run") for case in found["causes"]] == [
+        None,
+        "rank 1 failed:\nOSError | no",
+        "needs root",
+    ]
+    assert [case.get("not_run", "")[:13] for case in found["scale"]] == [
+        *["needs root"] * 3,
+        "",
+        "no prediction",
+    ]
+    assert found["compare"]["tries"] == 0
+    text = bench_truth.table(found)
+    assert "| slow 1.5 | not run: rank 1 failed: OSError / no | |" in text
+    assert "No more tries: dist-train bench failed (exit code 1) in 0." in text
+
+
+def test_a_cable_survives_a_device_that_takes_no_packet() -> None:
+    cable = Cable(seed=0)
+    first, far_first = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    second, far_second = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with first, second, far_first, far_second:
+        cable._ends = [first.fileno(), second.fileno()]
+        second.shutdown(socket.SHUT_WR)
+        cable._thread.start()
+        far_first.send(b"refused")
+        end = time.monotonic() + 60.0
+        while cable.num_refused == 0 and cable._thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        far_second.send(b"carried")
+        far_first.settimeout(60.0)
+        assert far_first.recv(100) == b"carried"
+        cable._closing = True
+        cable._thread.join()
+    assert cable.num_refused == 1
+
+
+def test_no_cable_is_laid_without_the_program_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    reason = why_no_cable()
+    assert reason is not None
+    assert "`ip`" in reason

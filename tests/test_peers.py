@@ -1,11 +1,15 @@
 """The loop against the same job written by hand: the same bits, so that their speeds compare."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from benchmarks.peers import loops
 from benchmarks.peers.__main__ import check_same, make_table
-from benchmarks.peers.job import Case, Job, measured
+from benchmarks.peers.job import CASES, Case, Job, measured
 from tests.ranks import run_ranks
 
 SHORT = Case("benchmarks.peers.job:tiny_net", 16, 0, 2)
@@ -15,9 +19,7 @@ def end_of(peer: str, world_size: int, folder: Path) -> str:
     """Return the digest of the weights that a peer ends with."""
     import os
 
-    import torch
-
-    from benchmarks.peers import loops, ours
+    from benchmarks.peers import ours
 
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
@@ -35,6 +37,49 @@ def test_the_loop_has_the_bits_of_one_written_by_hand(world_size: int, tmp_path:
     ours = run_ranks(end_of, world_size, "ours", world_size, tmp_path)
     fast = run_ranks(end_of, world_size, "fast", world_size, tmp_path)
     assert len({*ours, *fast}) == 1
+
+
+def digest_of(weights: dict[str, torch.Tensor], job: Job) -> tuple[object, object]:
+    result = measured(job, weights, begun=0.0)
+    return result["weights_sha256"], result["norm"]
+
+
+def test_a_rank_s_own_running_statistics_are_not_compared(tmp_path: Path) -> None:
+    job = Job(CASES["resnet9"], 0, 1, precision="fp32", lean=True, folder=tmp_path)
+    job.cpu_sec = job.wall_sec = [float(n) for n in range(job.total_steps)]
+    job.children_sec = [0.0]
+    model = job.model()
+    here = digest_of(model.state_dict(), job)
+    for buffer in model.buffers():
+        buffer.add_(1)
+    assert digest_of(model.state_dict(), job) == here
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert digest_of(model.state_dict(), job) != here
+
+
+class OlderWrapper(nn.Module):
+    """DistributedDataParallel by the arguments of torch 2.11."""
+
+    def __init__(
+        self, module: nn.Module, *, broadcast_buffers: bool, gradient_as_bucket_view: bool
+    ) -> None:
+        super().__init__()
+        self.module = module
+        assert not broadcast_buffers
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.module(images)
+
+
+def test_the_fast_loop_runs_on_an_older_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "DistributedDataParallel", OlderWrapper)
+    monkeypatch.setattr(Job, "start_group", lambda job: None)
+    job = Job(SHORT, 0, 2, precision="fp32", lean=True, folder=tmp_path)
+    assert loops.fast(job)
+    assert job.asked == job.total_steps
 
 
 def record_of(peer: str, number: int, cpu_us: float, digest: str = "a") -> dict[str, object]:

@@ -151,7 +151,8 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
 
     Args:
         job: with its clocks.
-        weights: parameters and buffers at the end.
+        weights: parameters and buffers at the end. Buffers are left out of digest and norm: a rank
+            has running statistics of its own.
         begun: time.time() when the command was given.
     """
     warm = job.case.warm_epochs
@@ -163,9 +164,12 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
     walls = sorted(b - a for a, b in itertools.pairwise(wall))
     children = job.children_sec[-1] - job.children_sec[warm]
     cpu = job.cpu_sec[last] - job.cpu_sec[first]
+    peak_rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with torch.device("meta"):  # for the names alone
+        params = {name: weights[name].detach() for name, _ in job.model().named_parameters()}
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().contiguous().numpy().tobytes())
+    for name in sorted(params):
+        digest.update(name.encode() + params[name].contiguous().numpy().tobytes())
     return {
         "steps": len(job.cpu_sec),
         "cpu_us": 1e6 * (cpu + children) / steps,
@@ -177,9 +181,9 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
         * steps
         / (job.wall_sec[last] - job.wall_sec[first]),
         "first_step_sec": job.wall_sec[1] - begun,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_rss_mib,
         "weights_sha256": digest.hexdigest(),
-        "norm": float(sum(w.double().pow(2).sum() for w in weights.values()) ** 0.5),
+        "norm": float(sum(p.double().pow(2).sum() for p in params.values()) ** 0.5),
     }
 
 

@@ -1,7 +1,7 @@
 """This toolkit's own loop: `train` as a user calls it, every guard on, its batches ready-made."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -81,7 +81,9 @@ def ours(job: Job) -> dict[str, Tensor]:
     if job.lean:
         words += ["log_every=1000000", "checkpoint.every_steps=1000000"]
 
-    def open_ready(config: Config, ranks: Ranks) -> Data:
+    def open_ready(
+        config: Config, ranks: Ranks, *, say: Callable[[str], None] | None = None
+    ) -> Data:
         size = config.train.global_batch_size
         return Data(
             name="ready-made",

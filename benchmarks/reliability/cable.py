@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import select
+import shutil
 import struct
 import subprocess
 import threading
@@ -31,6 +32,7 @@ class Cable:
         self.delay_sec = 0.0  # each way
         self.loss = 0.0  # share of the packets
         self.num_lost = 0
+        self.num_refused = 0  # packets that the far end's device did not take: lost, too
         self._dice = random.Random(seed)
         self._names = [f"cable-{os.getpid()}-{end}" for end in range(2)]
         self._ends: list[int] = []
@@ -97,12 +99,18 @@ class Cable:
                 heapq.heappush(waiting, (due, next(numbers), other, packet))
             while waiting and waiting[0][0] <= time.monotonic():
                 _, _, end, packet = heapq.heappop(waiting)
-                if not self.cut:
+                if self.cut:
+                    continue
+                try:
                     os.write(end, packet)
+                except OSError:  # its queue is full, or the device is down for a moment
+                    self.num_refused += 1
 
 
 def why_no_cable() -> str | None:
     """Say why no cable can be laid here."""
+    if shutil.which("ip") is None:
+        return "needs the program `ip` (Debian: iproute2)"
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     if not os.path.exists("/dev/net/tun"):

@@ -8,6 +8,7 @@ from dist_train.bench.breakdown import MEANS, PARTS
 from dist_train.bench.intervals import T_95
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
+OF_THE_JOB = ("precision", "threads", "sync", "micro_batch_size")  # told where they differ
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
@@ -37,7 +38,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
                 "high": math.expm1(change + half),
                 "machine": math.expm1(machine),
                 "changed": told,
-                "part": _part_that_changed(before, result) if told else None,
+                "part": _part_that_changed(before, result, change) if told else None,
+                "differs": _differences(before, result, OF_THE_JOB),
             }
         )
     return lines
@@ -48,15 +50,14 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
     if not lines:
         return "nothing to compare: the two reports have no number of ranks and batch in common\n"
     told = [f"compared with {old['created']} ({old['command']}):"]
-    told += [
-        f"  the {what} differs: {old['machine'][what]} then, {new['machine'][what]} now"
-        for what in ("cpu", "device", "torch", "python")
-        if old["machine"][what] != new["machine"][what]
-    ]
+    of_all = _differences(old, new, ("experiment",))
+    of_all |= _differences(old["machine"], new["machine"], ("cpu", "device", "torch", "python"))
+    told += [f"  {_difference(what, of_all[what])}" for what in of_all]
     for line in lines:
         where = f"{line['num_ranks']} ranks, batch {line['global_batch_size']}"
         span = f"{line['change']:+.1%} ({line['low']:+.1%} to {line['high']:+.1%})"
         hour = f"; the machine itself {line['machine']:+.1%}" if abs(line["machine"]) > 0.01 else ""
+        told += [f"  {where}: {_difference(*item)}" for item in line["differs"].items()]
         if not line["changed"]:
             told.append(f"  {where}: no change of the step time beyond noise: {span}{hour}")
             continue
@@ -91,9 +92,25 @@ def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:
     return means[1] - means[0], t * math.sqrt(total)
 
 
-def _part_that_changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """Return [then, now] of each name that both have and that is not the same."""
+    both = [name for name in names if name in old and name in new]
+    return {name: [old[name], new[name]] for name in both if old[name] != new[name]}
+
+
+def _difference(what: str, values: list[Any]) -> str:
+    then, now = values
+    return f"not the same {what}: {then} then, {now} now"
+
+
+def _part_that_changed(before: dict[str, Any], after: dict[str, Any], change: float) -> str | None:
+    """Return the part that did most for `change`, the parts adjusted as the steps are."""
     if before["parts_sec"] is None or after["parts_sec"] is None:
         return None
-    change = {name: after["parts_sec"][name] - before["parts_sec"][name] for name in PARTS}
-    grown = sum(change.values()) > 0
-    return max(change, key=lambda name: change[name] if grown else -change[name])
+    then, now = (statistics.median(r["reference_sec_of_launches"]) for r in (before, after))
+    grown = {
+        name: after["parts_sec"][name] / now - before["parts_sec"][name] / then for name in PARTS
+    }
+    return max(PARTS, key=lambda name: math.copysign(1, change) * grown[name])

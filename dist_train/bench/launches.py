@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_train.config import ConfigError
+from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import words_of
+from dist_train.config.overrides import quoted
 
 Scaling = Literal["strong", "weak"]
 WORKER = "dist_train.bench.worker"
@@ -85,8 +86,35 @@ def setups_of(
     ]
 
 
-def launch(setup: Setup, options: argparse.Namespace, *, threads: int, seed: int) -> dict[str, Any]:
+def settings_of(
+    setup: Setup, options: argparse.Namespace, config: Config, *, threads: int
+) -> list[str]:
+    """Return the words that every rank of a setup composes its configuration from.
+
+    Args:
+        setup: what is measured.
+        options: of the command line.
+        config: what they compose.
+        threads: of a rank, unless the configuration says how many. It is a setting, as ranks do
+            not take an OMP_NUM_THREADS=1 under torchrun for a wish.
+    """
+    words = [*words_of(options), *FIXED, f"train.global_batch_size={setup.global_batch_size}"]
+    if config.threads is None and config.train.order != "fixed":  # which needs one thread
+        words.append(f"threads={threads}")
+    return words
+
+
+def launch(
+    setup: Setup, options: argparse.Namespace, config: Config, *, threads: int, seed: int
+) -> dict[str, Any]:
     """Start the ranks of one setup, wait for them, and return what they measured.
+
+    Args:
+        setup: what is measured.
+        options: of the command line.
+        config: what they compose.
+        threads: of a rank, unless the configuration says how many.
+        seed: of the order of the ways.
 
     Raises:
         LaunchFailedError: with the end of what they said.
@@ -100,8 +128,8 @@ def launch(setup: Setup, options: argparse.Namespace, *, threads: int, seed: int
             "seed": seed,
             "begun": time.time(),
         }
-        words = [*words_of(options), *FIXED, f"run_dir={folder / 'run'}"]
-        words += [f"train.global_batch_size={setup.global_batch_size}"]
+        words = settings_of(setup, options, config, threads=threads)
+        words.append(f"run_dir={quoted(str(folder / 'run'))}")
         command = [*_starter(setup), "-m", WORKER, "--spec", json.dumps(spec)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with (folder / "output.txt").open("w+") as output:

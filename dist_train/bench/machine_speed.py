@@ -11,19 +11,20 @@ from dist_train.tasks import classification as task
 
 SIDE = {"cpu": 768, "cuda": 8192}
 REPEATS = {"cpu": 3, "cuda": 10}
-# Dense products without sparsity, in TFLOP/s, from the makers' data sheets: (bf16 or fp16, fp32 as
-# torch computes it, TF32 off). By a part of torch.cuda.get_device_name(); the first that fits.
+# Dense products without sparsity, in TFLOP/s, from the makers' data sheets: (bf16 or fp16, TF32,
+# fp32); without units for TF32 its number is fp32's. By a part of torch.cuda.get_device_name(); the
+# first that fits.
 PEAKS = {
-    "B200": (2250.0, 75.0),
-    "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "RTX 4090": (165.0, 82.6),
-    "RTX 3090": (71.0, 35.6),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
+    "B200": (2250.0, 1125.0, 75.0),
+    "H200": (989.0, 495.0, 67.0),
+    "H100 PCIe": (756.0, 378.0, 51.0),
+    "H100": (989.0, 495.0, 67.0),
+    "A100": (312.0, 156.0, 19.5),
+    "L40S": (362.0, 183.0, 91.6),
+    "RTX 4090": (165.0, 83.0, 82.6),
+    "RTX 3090": (71.0, 36.0, 35.6),
+    "V100": (125.0, 15.7, 15.7),
+    "T4": (65.0, 8.1, 8.1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,15 +43,28 @@ def product_rate(device: torch.device, precision: str) -> float:
     return 2 * side**3 / min(clock.take())
 
 
-def data_sheet_peak(device: torch.device, precision: str) -> float | None:
-    """Return the FLOP/s of the data sheet; None if the device is not known, or a CPU."""
+def data_sheet_peak(device: torch.device, precision: str) -> tuple[float, str] | None:
+    """Return the FLOP/s of the data sheet, and of what; None for a CPU or an unknown device."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, (half, single) in PEAKS.items():
-        if part in name:
-            return 1e12 * (single if precision == "fp32" else half)
-    return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> tuple[float, str] | None:
+    """Return the FLOP/s of the GPU called `name`, and of what; None if it is not known.
+
+    Convolutions in fp32 use TF32 where cuDNN may, which is torch's default.
+    """
+    rates = next((rates for part, rates in PEAKS.items() if part in name), None)
+    if rates is None:
+        return None
+    half, tensor_float, single = rates
+    if precision != "fp32":
+        return 1e12 * half, precision
+    convolutions = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue] # torch makes it at run time
+    if tensor_float > single and convolutions.fp32_precision == "tf32":
+        return 1e12 * tensor_float, "TF32, in which cuDNN convolves fp32"
+    return 1e12 * single, "fp32"
 
 
 def flops_of_a_sample(module: nn.Module, batch: Batch, precision: str) -> float:

@@ -25,7 +25,7 @@ from dist_train.bench.page import check_matplotlib, write_page
 from dist_train.bench.report import as_text
 from dist_train.bench.results import SCHEMA, results_of
 from dist_train.bench.scale import predictions
-from dist_train.config import ConfigError
+from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
 from dist_train.config.check import check_world
 from dist_train.config.whole_file import read_json, write_atomically
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         print_error(str(mistake))
         return 2
     try:
-        measured = _measure(setups, options)
+        measured = _measure(setups, options, config)
     except LaunchFailedError as failure:
         print_error(str(failure).splitlines()[0])
         sys.stderr.write("\n".join(str(failure).splitlines()[1:]) + "\n")
@@ -147,7 +147,7 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _measure(
-    setups: list[Setup], options: argparse.Namespace
+    setups: list[Setup], options: argparse.Namespace, config: Config
 ) -> list[tuple[Setup, list[dict[str, Any]]]]:
     """Launch every setup once in each round; say how it goes."""
     most = max(setup.num_ranks // max(1, setup.num_nodes) for setup in setups)
@@ -157,7 +157,7 @@ def _measure(
     for number in range(options.repeats):
         turn = measured if number % 2 == 0 else measured[::-1]
         for setup, launches in turn:
-            launches.append(launch(setup, options, threads=threads, seed=number))
+            launches.append(launch(setup, options, config, threads=threads, seed=number))
             done += 1
             left = (time.monotonic() - begun) / done * (total - done)
             sys.stderr.write(

@@ -103,15 +103,31 @@ def _draw_curve(
 
 def _draw_parts(axes: Any, setups: list[dict[str, Any]]) -> None:
     names = [f"{r['num_ranks']} x {r['batch_size']}" for r in setups]
-    ends = [0.0] * len(setups)
+    bars = [_bars(r["parts_sec"]) for r in setups]
     for part in PARTS:
-        widths = [max(0.0, 1000 * r["parts_sec"][part]) for r in setups]
-        axes.barh(names, widths, left=ends, color=COLOURS[part], label=MEANS[part], height=0.6)
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+        starts, widths = ([1000 * bar[part][i] for bar in bars] for i in range(2))
+        axes.barh(names, widths, left=starts, color=COLOURS[part], label=MEANS[part], height=0.6)
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
-    axes.set_title("where the time goes (ranks x batch of a rank)")
+    title = "where the time goes (ranks x batch of a rank)"
+    if any(width < 0 for bar in bars for _, width in bar.values()):
+        title += "\nleft of zero: what came out negative"
+    axes.set_title(title)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def _bars(parts_sec: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Return (start, width) of each part, in seconds: the widths add up to the step.
+
+    What came out negative, by noise or as what others count twice, goes from zero to the left.
+    """
+    ends = {True: 0.0, False: 0.0}  # of the bars above zero, and below
+    found = {}
+    for part in PARTS:
+        sec = parts_sec[part]
+        found[part] = (ends[sec >= 0], sec)
+        ends[sec >= 0] += sec
+    return found
 
 
 def _html(report: dict[str, Any], drawing: str) -> str:

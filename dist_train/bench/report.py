@@ -20,6 +20,7 @@ def as_text(report: dict[str, Any]) -> str:
         curve = [r for r in report["setups"] if scaling in r["scalings"]]
         if curve:
             lines += [f"{scaling} scaling: {title}", *_curve(curve, scaling), ""]
+    lines += [_peaks(report["setups"]), ""]
     lines += ["where the time of a step goes, ms (share)", *_breakdown(report["setups"]), ""]
     if report["scale"] is not None:
         lines += [*_scale(report["scale"]), ""]
@@ -63,6 +64,14 @@ def _breakdown(setups: list[dict[str, Any]]) -> list[str]:
     ]
     rows.append(("together", *(f"{1000 * r['step_sec']['value']:.2f}" for r in shown)))
     return _table(head, rows)
+
+
+def _peaks(setups: list[dict[str, Any]]) -> str:
+    """Say what MFU is a share of; on a CPU every setup has measured its own."""
+    rates = sorted(r["peak_flops_per_sec"] / 1e12 for r in setups)
+    least, most = f"{rates[0]:.3g}", f"{rates[-1]:.3g}"
+    rate = most if least == most else f"{least} to {most}"
+    return f"MFU: of {rate} TFLOP/s a rank ({setups[0]['peak_source']})"
 
 
 def _scale(scale: dict[str, Any]) -> list[str]:

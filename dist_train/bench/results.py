@@ -147,7 +147,7 @@ def _peak_of(launches: Sequence[dict[str, Any]]) -> tuple[float, str]:
     """Return FLOP/s of one rank's device, and where the number is from."""
     first = launches[0]["ranks"][0]
     if first["peak_flops_per_sec"] is not None:
-        return first["peak_flops_per_sec"], "data sheet, dense"
+        return first["peak_flops_per_sec"], f"data sheet, dense, {first['peak_of']}"
     rates = [max(rank["product_flops_per_sec"]) for launch in launches for rank in launch["ranks"]]
     return max(rates), "the fastest product of matrices seen here"
 

@@ -12,6 +12,7 @@ Imports no torch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 << 20, 1 << 20  # DistributedDataParallel's
@@ -113,12 +114,12 @@ def fitted_link(sweep: Sequence[Sequence[float]], count: int) -> Link | None:
 def step_sec(step: Step, count: int, reduce: Any) -> float:
     """Return the time of a step on `count` ranks; `reduce(bytes, count)` is one all-reduce's.
 
-    The slowest of `count` ranks sets the pace: for normal times sqrt(2 ln count) deviations later
-    than the mean (Cramer 1946, section 28.6, its leading term).
+    The slowest of `count` ranks sets the pace: it is as late as the largest of so many normal
+    values is expected to be (Blom 1958, Statistical Estimates and Transformed Beta-Variables).
     """
     if count == 1:
         return step.alone_sec
-    late = step.jitter_sec * math.sqrt(2 * math.log(count))
+    late = step.jitter_sec * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
     sizes = [size for size, _ in step.gradient_times]
     if not step.overlapped:
         return step.alone_sec + late + reduce(sum(sizes), count)

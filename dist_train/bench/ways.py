@@ -15,9 +15,10 @@ from dist_train.build import autocast
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
+from dist_train.data.worker_loader import WorkerLoader
 from dist_train.gradients import backward
 from dist_train.metrics import Meter
-from dist_train.order import GlobalOrderSampler, micro_batches
+from dist_train.order import GlobalOrderSampler, micro_batches, shards
 from dist_train.progress import Progress
 from dist_train.state import Parts
 from dist_train.step import train_step
@@ -25,6 +26,8 @@ from dist_train.tasks import classification as task
 
 WAYS = ("full", "ready", "alone", "bare")
 ENDLESS = 1 << 40  # steps
+PREFETCHED = 2  # batches that a worker of torch's DataLoader loads ahead, its default
+MOST_UNMEASURED = 32  # steps before a block
 
 
 class Steps:
@@ -43,31 +46,54 @@ class Steps:
             drop_last=parts.config.train.drop_last,
             num_shards=_num_shards(parts),
         )
-        self._feed = Feed(data.loader, sampler, ENDLESS)
-        self.batch = self._feed.take(0)  # the one that lies ready
-        self._ready = _Ready(self.batch)
-        self._alone = replace(ranks, control=None)
-        self._progress = Progress()
-        self._meters = {way: Meter(ranks, plan) for way in ("full", "ready")}
-        self._meters["alone"] = Meter(self._alone, plan)
+        feed = Feed(data.loader, sampler, ENDLESS)
+        self.batch = feed.take(0)  # the one that lies ready
+        self._ahead = 0  # batches that workers load while nobody takes one
+        if isinstance(data.loader, WorkerLoader):
+            self._ahead = min(PREFETCHED * parts.config.data.num_workers, MOST_UNMEASURED)
+        self._unmeasured = 0  # steps to take before the next full block
+        self._step = 0  # of all ways together
+        lone = replace(ranks, control=None, rank=0, world_size=1)  # it meets nobody
+        ready = _Ready(self.batch)
+        self._loops = {
+            "full": _Loop(_InTurn(feed), Meter(ranks, plan)),
+            "ready": _Loop(ready, Meter(ranks, plan)),
+            "alone": _Loop(ready, Meter(lone, plan)),
+        }
         self._clock: Clock = clock_for(ranks.device)
         self.phases: list[list[float]] = []  # of the last bare block: forward, backward, optimizer
 
     def block(self, way: str, count: int) -> list[float]:
-        """Take `count` steps; returns the seconds of each. Collective, waits for the device."""
+        """Take `count` steps; returns the seconds of each. Collective, waits for the device.
+
+        With workers a full block begins with steps that are not measured: what was loaded ahead
+        during other blocks would hide that steps wait for their batches.
+        """
+        scaler = self._parts.scaler
         self._parts.replica.ranks.barrier()
-        if way in ("full", "ready"):
-            return self._loop(way, count)
+        if way == "full":
+            self._take(way, self._unmeasured)
+            self._unmeasured = 0
+            return self._take(way, count)
+        self._unmeasured = self._ahead
+        if way == "ready":
+            return self._take(way, count)
+        scale = None if scaler is None else scaler.state_dict()
         if way == "bare":
             times = self._bare(count)
         else:
             with self._parts.replica.alone():
-                times = self._loop(way, count)
+                times = self._take(way, count)
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
         self._agree_again()
         return times
 
     def _agree_again(self) -> None:
-        """Give all ranks rank 0's weights: each has trained by itself. Collective."""
+        """Give all ranks rank 0's weights and the least micro-batch. Collective.
+
+        Each has trained by itself, and may have been short of memory.
+        """
         parts, ranks = self._parts, self._parts.replica.ranks
         if ranks.control is None:
             return
@@ -78,23 +104,30 @@ class Steps:
             tensors += parts.ema.average
         for tensor in tensors:
             ranks.broadcast(tensor.detach())
+        sizes = ranks.gather(parts.recovery.micro_batch_size)
+        parts.recovery.micro_batch_size = min((s for s in sizes if s is not None), default=None)
 
-    def _loop(self, way: str, count: int) -> list[float]:
+    def _take(self, way: str, count: int) -> list[float]:
         """Take steps as dist_train.train does, without what belongs to epochs."""
-        parts, meter, progress = self._parts, self._meters[way], self._progress
-        feed: Any = self._feed if way == "full" else self._ready
+        parts, loop = self._parts, self._loops[way]
+        meter, progress = loop.meter, loop.progress
+        meter.resume()
         self._clock.mark()
         for _ in range(count):
-            outcomes = train_step(parts, feed, step=progress.step)
+            outcomes = train_step(parts, loop.feed, step=self._step)
+            self._step += 1
             progress.step += 1
             meter.add(outcomes)
             if way != "alone" and parts.drift.due(progress.step):
-                parts.drift.check(progress.step)
+                parts.drift.check(self._step)
             if meter.meeting_due(progress.step):
                 meter.meet(progress, stopping=False)
                 meter.line(progress)
             self._clock.mark()
-        return self._clock.take()
+        times = self._clock.take()
+        meter.pause()
+        parts.recovery.settle()  # here, where those are who took the step
+        return times
 
     def _bare(self, count: int) -> list[float]:
         """Take steps as the shortest loop does, and note the phases of each."""
@@ -104,8 +137,8 @@ class Steps:
         weight = replica.loss_weight(self.batch.global_size)
         smoothing = parts.config.optim.label_smoothing
         for _ in range(count):
-            pulse.at("forward", self._progress.step)
-            self._progress.step += 1
+            pulse.at("forward", self._step)
+            self._step += 1
             for piece in pieces:
                 clock.mark()
                 with autocast(parts.precision, piece.images.device):
@@ -130,9 +163,15 @@ class Steps:
         return found
 
     def pieces(self) -> list[Batch]:
-        """Return the ready batch as it is forwarded."""
-        size = self._parts.recovery.micro_batch_size
-        return [self.batch.part(*ends) for ends in micro_batches(len(self.batch), size)]
+        """Return the ready batch as a step forwards it: in micro-batches, or in shards."""
+        parts, batch = self._parts, self.batch
+        ranks, num_shards = parts.replica.ranks, _num_shards(parts)
+        ends = micro_batches(len(batch), parts.recovery.micro_batch_size)
+        if num_shards is not None:
+            start = batch.first_position
+            own = shards(batch.global_size, ranks.rank, ranks.world_size, num_shards)
+            ends = [(first - start, last - start) for first, last in own]
+        return [batch.part(first, last) for first, last in ends]
 
     def gradient_times(self) -> list[tuple[int, float]]:
         """Return (bytes, seconds after the backward's begin) of each gradient in its turn.
@@ -176,6 +215,29 @@ class _Ready:
 
     def take(self, step: int) -> Batch:
         return self._batch
+
+
+class _InTurn:
+    """A feed whose batches follow each other, however far apart the steps are that ask."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._asked, self._step = -1, -1
+
+    def take(self, step: int) -> Batch:
+        if step != self._asked:
+            self._asked, self._step = step, self._step + 1
+        return self._feed.take(self._step)
+
+
+class _Loop:
+    """What a way counts for itself, as if no other's steps came in between."""
+
+    def __init__(self, feed: Any, meter: Meter) -> None:
+        self.feed = feed
+        self.meter = meter
+        self.progress = Progress()
+        meter.pause()
 
 
 def _num_shards(parts: Parts) -> int | None:

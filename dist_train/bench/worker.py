@@ -40,7 +40,7 @@ from dist_train.start import (
     start_left_out_of_collections,
     throw_away_step,
 )
-from dist_train.state import capture
+from dist_train.state import Parts, capture
 from dist_train.watchdog import watch
 
 BLOCK_SEC = 0.4
@@ -79,7 +79,8 @@ def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
     with start_ranks(config) as ranks, open_run(config, ranks) as run:
         with watch(config, ranks, run.path, run.warn):
             data = open_data(config, ranks)
-            parts = build_parts(config, make_plan(config, data.num_train), data, run)
+            plan = make_plan(config, data.num_train, world_size=ranks.world_size)
+            parts = build_parts(config, plan, data, run)
             find_micro_batch_size(parts, data, run)
             throw_away_step(parts, data, step=0)
             shorten_timeouts(ranks, config.parallel.step_timeout_sec)
@@ -94,6 +95,7 @@ def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
                     "start_to_first_step_sec": ready_sec,
                 }
                 mine |= _warm_up(steps, ranks)
+                mine["memory_bytes"] = _peak_memory(ranks.device)  # before this file takes its own
                 ways: list[str] = list(WAYS)
                 if config.parallel.sync_batchnorm:  # its forward waits for the others
                     ways = ["full", "ready"]
@@ -167,27 +169,30 @@ def _rounds(
     }
 
 
-def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
+def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
     """Measure what need not be repeated in turns. Collective."""
-    device = ranks.device
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    if device.type == "cuda":
-        memory = float(torch.cuda.max_memory_allocated(device))
+    device, pulse = ranks.device, ranks.pulse
+    pulse.enter("start")  # torch counts in Python: it may take as long as that
     with as_written(parts.config):
         flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
+    peak = data_sheet_peak(device, parts.precision)
+    pulse.enter("checkpoint")
     ranks.barrier()
     save_sec = _save_sec(parts) if ranks.rank == 0 else 0.0  # no other rank saves
     ranks.barrier()
+    pulse.enter("backward")
+    gradient_times = steps.gradient_times()
+    pulse.enter("all-reduce")
     return {
         "save_sec": save_sec,
-        "memory_bytes": memory,
         "flops_per_sample": flops,
-        "peak_flops_per_sec": data_sheet_peak(device, parts.precision),
+        "peak_flops_per_sec": None if peak is None else peak[0],
+        "peak_of": None if peak is None else peak[1],
         "batch_size": len(steps.batch),
         "global_batch_size": steps.batch.global_size,
         "micro_batch_size": parts.recovery.micro_batch_size,
         "gradient_bytes": sum(p.numel() * p.element_size() for p in parts.replica.params),
-        "gradient_times": steps.gradient_times(),
+        "gradient_times": gradient_times,
         "all_reduce": _all_reduces(ranks),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -196,7 +201,14 @@ def _once(steps: Steps, parts: Any, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _save_sec(parts: Any) -> float:
+def _peak_memory(device: torch.device) -> float:
+    """Return the most bytes so far: of the GPU's tensors, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _save_sec(parts: Parts) -> float:
     """Return how long a step waits when the state is copied for a save: the second of two."""
     buffers, sec = HostBuffers(), 0.0
     for _ in range(2):  # the first takes its memory
