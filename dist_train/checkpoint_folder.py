@@ -104,28 +104,58 @@ def read_verified(path: Path) -> bytes:
     return data
 
 
-def newest_good(folder: Path, report: Callable[[str], None]) -> tuple[Path, bytes] | None:
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint that seems whole; 0 if there is none.
+
+    Reads manifests and sizes, not gigabytes: where only the bytes of a state have changed, its step
+    is returned. A resume, which reads them all, sets such a one aside, so that happens once.
+    """
+    for path in list_checkpoints(folder):
+        try:
+            size = read_manifest(path).state_bytes
+            if (path / STATE_FILE).lstat().st_size == size:
+                return step_of(path)
+        except (BadCheckpointError, OSError):
+            continue
+    return 0
+
+
+def newest_good(
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    prefer: Callable[[bytes], bool] = lambda data: True,
+) -> tuple[Path, bytes] | None:
     """Return the newest checkpoint that verifies, with its bytes; None if there is none at all.
 
     Args:
         folder: where the checkpoints are.
         report: told of every refused one, and of permissions that let others change it.
+        prefer: of the bytes of a good one; if it is false of all that are good, the newest of them
+            is returned.
 
     Raises:
         BadCheckpointError: there are checkpoints and not one is good, or `folder` is a link.
     """
     refuse_link(folder)
     refused: list[str] = []
+    found: tuple[Path, bytes] | None = None
     for path in list_checkpoints(folder):
         try:
             data = read_verified(path)
+            preferred = prefer(data)
         except BadCheckpointError as bad:
             refused.append(str(bad))
             report(f"checkpoint refused: {bad}; trying the one before it")
             continue
-        for text in open_to_others(path):
+        if preferred or found is None:
+            found = path, data
+        if preferred:
+            break
+    if found is not None:
+        for text in open_to_others(found[0]):
             report(text)
-        return path, data
+        return found
     if refused:
         raise BadCheckpointError(
             f"none of the {len(refused)} checkpoints in {folder} is good (newest: {refused[0]}): "

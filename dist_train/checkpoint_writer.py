@@ -35,6 +35,7 @@ class _Job:
     step: int
     best_step: int | None
     must: bool  # it stands for what cannot be saved later: the end, a stop, the best
+    keep_older: bool
     stall_sec: float
     began: float  # time.monotonic()
 
@@ -82,7 +83,13 @@ class CheckpointWriter:
         return self._owed and self._pending is None and time.monotonic() >= self._retry_at
 
     def save(
-        self, state: dict[str, Any], *, step: int, best_step: int | None, must: bool = True
+        self,
+        state: dict[str, Any],
+        *,
+        step: int,
+        best_step: int | None,
+        must: bool = True,
+        keep_older: bool = False,
     ) -> bool:
         """Copy `state` to host memory now and write it in the background.
 
@@ -94,6 +101,7 @@ class CheckpointWriter:
             best_step: the checkpoint to keep besides the newest ones.
             must: wait for the save before this one. Otherwise, while that is being written or is
                 to be tried again later, this one is put off: `wants_save` tells when it can be.
+            keep_older: delete no checkpoint for this one.
 
         Returns:
             Whether it was taken; False: it was put off.
@@ -111,6 +119,7 @@ class CheckpointWriter:
             step=step,
             best_step=best_step,
             must=must,
+            keep_older=keep_older,
             stall_sec=time.monotonic() - start,
             began=start,
         )
@@ -223,7 +232,9 @@ class CheckpointWriter:
         self.slowest_sec = max(self.slowest_sec, job.stall_sec + time.monotonic() - began)
         self._on_saved(job.step)
         try:
-            prune(self.folder, keep_last=self._keep_last, keep_step=job.best_step)
+            if not job.keep_older:
+                keep, best = self._keep_last, job.best_step
+                prune(self.folder, keep_last=keep, newest=job.step, keep_step=best)
         except OSError as error:  # this save stands
             self._note = f"old checkpoints cannot be deleted: {error}"
         return SaveCost(stall_sec=job.stall_sec, thread_sec=time.thread_time() - start)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.chain import begin, earlier_end, has_ended
-from dist_train.checkpoint_folder import list_checkpoints, step_of
+from dist_train.checkpoint_folder import list_checkpoints, newest_step
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, length_of, run_dir_of
 from dist_train.config.redact import learn
@@ -91,9 +91,7 @@ def _claim(run: Run) -> Claim:
         return Claim(ended=(earlier_end(str(status.get("reason"))), status["exit_code"]))
     restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
     saved = folder.saved_config()
-    checkpoints = list_checkpoints(folder.checkpoints)
-    newest_step = step_of(checkpoints[0]) if checkpoints else 0
-    if saved is not None and checkpoints:
+    if saved is not None and list_checkpoints(folder.checkpoints):
         check_same_run(config, saved, folder.path)
         if config.resume == "never" and not restarted:
             raise ConfigError(
@@ -103,8 +101,10 @@ def _claim(run: Run) -> Claim:
         before, now = length_of(saved), length_of(config)
         if before == now and status.get("state") == "finished":
             summary = read_json(folder.path / "summary.json")
-            if summary:
-                run.say(f"this run is finished; ask for more than {now} to continue it")
+            stopped_early = bool(summary.get("early_stopped"))
+            if summary and not (stopped_early and _is_more_patient(config, saved)):
+                more = run.more_patience if stopped_early else f"ask for more than {now}"
+                run.say(f"this run is finished; to continue it {more}")
                 run.say(table(summary))
                 return Claim(finished=summary)
         if before != now:
@@ -114,31 +114,37 @@ def _claim(run: Run) -> Claim:
             )
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
     run.earlier = folder.note_earlier_attempt()  # before status.json is written anew
-    return _begin(run, status, newest_step=newest_step)
+    return _begin(run, status)
 
 
-def _begin(run: Run, status: dict[str, Any], *, newest_step: int) -> Claim:
+def _is_more_patient(config: Config, saved: Config) -> bool:
+    """Say whether a run that early stopping ended with `saved` goes on with `config`."""
+    now, before = config.train.early_stop_patience, saved.train.early_stop_patience
+    return now is None or (before is not None and now > before)
+
+
+def _begin(run: Run, status: dict[str, Any]) -> Claim:
     """Count how the attempts before this one ended; end the chain if it is of no use."""
-    ranks = run.ranks
+    ranks, step = run.ranks, newest_step(run.folder.checkpoints)
     beginning = begin(
         run.path,
         chain=ranks.chain,
         attempt=ranks.attempt,
         world_size=ranks.world_size,
-        step=newest_step,
+        step=step,
         stopped=status.get("chain") == ranks.chain and status.get("state") == "preempted",
         told=_reason_of(status, ranks),
     )
     if beginning.refusal is not None:
-        run.folder.set_status("failed", step=newest_step, exit_code=93, reason=beginning.refusal)
+        run.folder.set_status("failed", step=step, exit_code=93, reason=beginning.refusal)
         return Claim(ended=(beginning.refusal, 93))
     if status.get("state") != "finished":  # a wrong command does not undo that
-        run.folder.set_status("running", step=newest_step)
+        run.folder.set_status("running", step=step)
     if beginning.earlier is not None:
         wait = min(beginning.wait_sec, run.config.parallel.start_timeout_sec / 3)
         later = f", in {wait:.0f} s" if wait else ""
-        run.warn(f"restart {ranks.attempt} from step {newest_step}{later}: {beginning.earlier}")
-        run.folder.event("restarted", step=newest_step, reason=beginning.earlier, wait_sec=wait)
+        run.warn(f"restart {ranks.attempt} from step {step}{later}: {beginning.earlier}")
+        run.folder.event("restarted", step=step, reason=beginning.earlier, wait_sec=wait)
         end = time.monotonic() + wait
         while time.monotonic() < end and stop_reason() is None:
             time.sleep(0.05)

@@ -21,6 +21,7 @@ def roll_back(
 ) -> Progress:
     """Load the last good checkpoint into the parts and return its counters. Collective.
 
+    A checkpoint that a stop left in a row of skipped steps is no good one where there is an older.
     After divergence the way on is another one: the generation grows by one, and with it the order
     of the samples changes and the learning rate falls. After drift it is the same one again.
 
@@ -37,7 +38,8 @@ def roll_back(
             f"{request}{again}; {run.blamed}. Lower optim.lr, set optim.clip_norm, check the data "
             "of this step, or raise guards.max_consecutive"
         )
-    found = run.states.newest()
+    run.ranks.pulse.enter("checkpoint")  # one may still be written; and one is read
+    found = run.states.newest(going_back=True)
     assert found is not None, "a run that began has a state"
     origin, state = found
     micro_batch_size, scale = recovery.micro_batch_size, _scale(parts)
@@ -54,8 +56,7 @@ def roll_back(
             f"{request}; after {MAX_SAME} returns to step {progress.step} again: test the memory "
             "of that machine, or leave it out"
         )
-    if run.saves is not None:
-        run.saves.set_aside_after(progress.step)
+    run.states.set_aside_after(progress.step, why="rejected")
     parts.guard.reset()
     parts.drift.forget()
     run.rewind(progress, parts.plan)

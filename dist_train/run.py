@@ -24,7 +24,7 @@ from dist_train.plan import Plan
 from dist_train.preemption import StopRequest, job_end
 from dist_train.progress import Progress
 from dist_train.run_folder import RunFolder, cpu_name
-from dist_train.saved_states import SavedStates, bytes_of
+from dist_train.saved_states import SKIPPED_IN_A_ROW, SavedStates, bytes_of
 from dist_train.saves import Saves
 from dist_train.state import Parts, capture, check_facts, restore, run_facts
 from dist_train.tracking import Trackers, open_trackers
@@ -77,12 +77,12 @@ class Run:
     def resume(self, parts: Parts, meter: Meter, data: dict[str, Any]) -> Progress:
         """Take up the newest good checkpoint, or the one asked for, or start anew. Collective.
 
-        The run's own checkpoints win over resume=PATH: a restart continues, it does not start
-        over. Rank 0 reads and verifies; the others get its bytes, so no shared disk is needed.
-        May be called again in the same process; a save under way is waited for.
+        Own checkpoints that are newer, and so were refused, are set aside: the run writes its own
+        in their place. May be called again in the same process; a save under way is waited for.
 
         Raises:
             ConfigError: no checkpoint is good, or it does not belong to this run.
+            OSError: a refused one cannot be set aside.
         """
         self.facts = redact(run_facts(parts, data, cpu_name()))
         found = self.states.newest()
@@ -99,7 +99,9 @@ class Run:
 
         progress, warnings = self.ranks.together(take_up)
         progress.patience = self.config.train.early_stop_patience
-        if Path(origin).parent != self.folder.checkpoints:
+        parts.guard.consecutive = state.get(SKIPPED_IN_A_ROW, 0)
+        is_own = Path(origin).parent == self.folder.checkpoints
+        if not is_own:
             progress.begin_elsewhere()
         if progress.step > parts.plan.total_steps:
             raise ConfigError(
@@ -109,16 +111,23 @@ class Run:
             )
         self.progress = progress
         self._begin(parts, progress)
+        if is_own:
+            self.states.set_aside_after(progress.step, why="refused")
+        else:
+            self.states.keep_start(capture(parts, progress, meter, self.facts))
         self.warn(*warnings)
         self.say(f"resumed from {origin} at step {progress.step}")
         self.folder.event("resumed", step=progress.step, checkpoint=origin, warnings=warnings)
         if progress.patience_is_over:
-            self.warn(
-                f"this run was stopped early at step {progress.step} and does not go on: to train "
-                "further raise train.early_stop_patience, with "
-                "resume_allow=[train.early_stop_patience]"
-            )
+            early = f"this run was stopped early at step {progress.step} and does not go on"
+            self.warn(f"{early}: to train further {self.more_patience}")
         return progress
+
+    @property
+    def more_patience(self) -> str:
+        """What lets a run go on that was stopped early."""
+        key = "train.early_stop_patience"  # it is in the hash of the folder's name
+        return f"raise {key}, with resume_allow=[{key}] and run_dir={self.path}"
 
     def _begin(self, parts: Parts, progress: Progress) -> None:
         size = bytes_of(capture(parts, Progress(), None, {}))
@@ -272,6 +281,10 @@ class Run:
     def save(self, parts: Parts, progress: Progress, meter: Meter, *, must: bool = True) -> None:
         """Save this step on rank 0 in the background. Not collective.
 
+        After a skipped step it is that of a stop or the end, and the weights may be what skips the
+        steps: no older checkpoint is deleted for them, and a rollback goes back to an older one.
+        The state holds how many were skipped in a row, so that a resume counts on.
+
         Args:
             parts: what is saved.
             progress: its counters.
@@ -286,8 +299,11 @@ class Run:
         best = progress.best_step if self.config.checkpoint.keep_best else None
         if self.saves.any_saved:
             self.states.drop_start()
-        state = capture(parts, progress, meter, self.facts)
-        self.saves.save(state, step=progress.step, best_step=best, must=must)
+        in_a_row = parts.guard.consecutive
+        state = capture(parts, progress, meter, self.facts) | {SKIPPED_IN_A_ROW: in_a_row}
+        self.saves.save(
+            state, step=progress.step, best_step=best, must=must, keep_older=in_a_row > 0
+        )
 
     def lap(self) -> float:
         """Return the seconds since the last call, or since the start."""

@@ -7,10 +7,20 @@ from typing import Any
 import torch
 
 from dist_train.checkpoint import HostBuffers, load_state, serialised
-from dist_train.checkpoint_folder import name_of, newest_good, open_to_others, read_verified
-from dist_train.checkpoint_upkeep import tidy
+from dist_train.checkpoint_folder import (
+    list_checkpoints,
+    name_of,
+    newest_good,
+    open_to_others,
+    read_verified,
+    step_of,
+)
+from dist_train.checkpoint_upkeep import Aside, set_aside_after, tidy
 from dist_train.distributed import Ranks
 from dist_train.run_folder import RunFolder
+from dist_train.state_file import outline
+
+SKIPPED_IN_A_ROW = "skipped_in_a_row"  # of a saved state: the steps up to it that were skipped
 
 
 class SavedStates:
@@ -32,20 +42,24 @@ class SavedStates:
         self._ranks = ranks
         self._warn = warn
         self._bytes = b""  # of what was found, on rank 0, until it is handed out
-        self._start: bytes | None = None  # a new run's state, on rank 0, until one is saved
+        self._start: bytes | None = None  # of this attempt, on rank 0, until one is saved
         # Waits for the save that is under way, once there is a writer.
         self.wait: Callable[[], object] = lambda: tidy(folder.checkpoints)
 
-    def newest(self) -> tuple[str, dict[str, Any]] | None:
+    def newest(self, *, going_back: bool = False) -> tuple[str, dict[str, Any]] | None:
         """Return the newest good state's place and content on all ranks. Collective.
 
         The run's own checkpoints win over resume=PATH: a restart continues, it does not start
-        over. Before a new run's first save it is what the run began with; None if none began.
+        over. Without any it is what this attempt began with; None if none began.
+
+        Args:
+            going_back: pass over a state that was saved after skipped steps, where there is another
+                checkpoint: its weights may be what makes the gradients not finite.
 
         Raises:
             BadCheckpointError: there are checkpoints, and none is good.
         """
-        origin = self._ranks.from_first(self._find)
+        origin = self._ranks.from_first(lambda: self._find(going_back=going_back))
         if origin is None:
             return None
         state = load_state(self._ranks.broadcast_bytes(self._bytes or None))
@@ -62,7 +76,7 @@ class SavedStates:
         return load_state(self._ranks.from_first(read))
 
     def keep_start(self, state: dict[str, Any]) -> None:
-        """Remember on rank 0 what a new run begins with: it may have to go back to it."""
+        """Remember on rank 0 what a run without checkpoints begins with: it may have to go back."""
         if self._ranks.rank == 0:
             self._start = bytes(serialised(HostBuffers().copy(state)))
 
@@ -70,16 +84,44 @@ class SavedStates:
         """Forget it: there is a checkpoint."""
         self._start = None
 
-    def _find(self) -> str | None:
+    def set_aside_after(self, step: int, *, why: Aside) -> None:
+        """Take this run's checkpoints after `step` out of what a resume may find. Collective.
+
+        Args:
+            step: the newest that may be found.
+            why: rejected by a rollback, or refused by a resume; see checkpoint_upkeep.
+
+        Raises:
+            OSError: one could not be renamed.
+        """
+
+        def rename() -> None:
+            self.wait()
+            folder = self._folder.checkpoints
+            steps = [s for s in map(step_of, list_checkpoints(folder)) if s > step]
+            if not steps:
+                return
+            kept = [path.name for path in set_aside_after(folder, step, why=why)]
+            self._folder.event("checkpoints_set_aside", step=step, steps=steps, kept=kept)
+            if why == "refused":
+                self._warn(f"refused checkpoints stay in {folder} as {', '.join(kept)}")
+
+        self._ranks.from_first(rename)
+
+    def _find(self, *, going_back: bool) -> str | None:
         self.wait()
-        best = newest_good(self._folder.checkpoints, self._warn)
+
+        def prefer(data: bytes) -> bool:
+            return not (going_back and outline(data).get(SKIPPED_IN_A_ROW))
+
+        best = newest_good(self._folder.checkpoints, self._warn, prefer=prefer)
+        if best is None and self._start is not None:
+            best = (Path("the start of the run"), self._start)
         if best is None and self._resume not in ("auto", "never"):
             path = Path(self._resume)
             best = (path, read_verified(path))
             for text in open_to_others(path):
                 self._warn(text)
-        if best is None and self._start is not None:
-            best = (Path("the start of the run"), self._start)
         if best is None:
             return None
         self._bytes = best[1]

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from dist_train.checkpoint_folder import list_checkpoints, step_of
-from dist_train.checkpoint_upkeep import set_aside_after
 from dist_train.checkpoint_writer import CheckpointWriter, SaveCost
 from dist_train.config import CheckpointConfig
 from dist_train.run_folder import RunFolder
@@ -101,10 +99,23 @@ class Saves:
                 self._folder.event("save_period", step=step, period_sec=period_sec, reason=reason)
         return wanted or (self._period.is_due and not self._writer.is_busy)
 
-    def save(self, state: dict[str, Any], *, step: int, best_step: int | None, must: bool) -> None:
-        """Save `state`, or put it off while the save before it is being written, unless `must`."""
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        step: int,
+        best_step: int | None,
+        must: bool,
+        keep_older: bool = False,
+    ) -> None:
+        """Save `state`, or put it off while the save before it is being written, unless `must`.
+
+        With `keep_older` no checkpoint is deleted for it.
+        """
         self._step = step
-        if self._writer.save(state, step=step, best_step=best_step, must=must):
+        if self._writer.save(
+            state, step=step, best_step=best_step, must=must, keep_older=keep_older
+        ):
             if self._period is not None:
                 self._period.begin()
         elif self._writer.is_writing:  # else a failed one is to be tried again, and was told
@@ -133,15 +144,6 @@ class Saves:
             f"({self._writer.last_error}): {behind}. Mend the disk of {self._folder.checkpoints} "
             "and give the same command again"
         )
-
-    def set_aside_after(self, step: int) -> None:
-        """Take the checkpoints after `step` out of what a resume may find."""
-        self.wait()
-        steps = [s for s in map(step_of, list_checkpoints(self._folder.checkpoints)) if s > step]
-        kept = set_aside_after(self._folder.checkpoints, step)
-        if steps:
-            names = [path.name for path in kept]
-            self._folder.event("checkpoints_set_aside", step=step, steps=steps, kept=names)
 
     def _tell_if_slow(self) -> None:
         sec = self._writer.writing_sec

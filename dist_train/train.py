@@ -51,8 +51,8 @@ def train(config: Config) -> dict[str, Any]:
             return run.finished
         pulse = stack.enter_context(watch(config, ranks, run.path, run.warn))
 
-        data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train)
+        data = open_data(config, ranks, say=run.say)
+        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         parts = build_parts(config, plan, data, run)
         stack.callback(parts.replica.close)
         meter = Meter(ranks, plan)
@@ -100,11 +100,16 @@ def _train_on(
         drop_last=config.train.drop_last,
         num_shards=config.train.num_shards if config.train.order == "fixed" else None,
     )
+    best_before = progress.best_step
     if _evaluate_if_due(parts, data, progress, run, stop):
         return True
+    if progress.best_step != best_before and config.checkpoint.keep_best:
+        # A run that began with another one's checkpoint has none of this step itself.
+        _save(parts, progress, run, meter, must=True)
     last_step = progress.step if progress.patience_is_over else plan.total_steps
     feed = Feed(data.loader, sampler, last_step)
     meter.start(progress.step)
+    save_due = False
     for step in traced(range(progress.step, last_step), config.profile, run.path, ranks):
         outcomes = train_step(parts, feed, step=step, generation=progress.generation)
         progress.samples_seen += feed.take(step).global_size
@@ -130,27 +135,39 @@ def _train_on(
         stopping = stopping or _evaluate_if_due(parts, data, progress, run, stop)
         is_best = progress.best_step != best_before and config.checkpoint.keep_best
         last = stopping or progress.patience_is_over or progress.step == plan.total_steps
-        if plan.save_due(progress.step) or meter.save_agreed or is_best or last:
-            parts.drift.check(progress.step)  # no checkpoint holds a replica that went astray
-            pulse.at("checkpoint", progress.step)
+        save_due = save_due or plan.save_due(progress.step) or meter.save_agreed or is_best
+        # A skipped step may be the fault of the weights: they are saved after a good one.
+        if last or (save_due and parts.guard.consecutive == 0):
             must = is_best or last or config.checkpoint.exact_steps
-            run.save(parts, progress, meter, must=must)
+            _save(parts, progress, run, meter, must=must)
+            save_due = False
         meter.resume()
         if stopping or progress.patience_is_over:
             return stopping
     return False
 
 
+def _save(parts: Parts, progress: Progress, run: Run, meter: Meter, *, must: bool) -> None:
+    """Save this step, once all ranks are known to hold the same. Collective."""
+    parts.drift.check(progress.step)  # no checkpoint holds a replica that went astray
+    parts.replica.ranks.pulse.at("checkpoint", progress.step)
+    run.save(parts, progress, meter, must=must)
+
+
 def _evaluate_if_due(
     parts: Parts, data: Data, progress: Progress, run: Run, stop: StopRequest
 ) -> bool:
-    """Evaluate if it is due and not yet done; returns whether a rank asked to stop meanwhile."""
+    """Evaluate if it is due and not yet done; returns whether a rank asked to stop meanwhile.
+
+    After a skipped step nothing becomes the best: the best is saved, and such weights are not.
+    """
     if not parts.plan.eval_due(progress.step) or progress.evaluated_step == progress.step:
         return False
     result = evaluate_weights(parts, data, data.eval_split, stop)
     if result is None:
         return True
-    progress.note_evaluation(result, validated=data.num_val > 0)
+    good = parts.guard.consecutive == 0
+    progress.note_evaluation(result, validated=good and data.num_val > 0)
     parts.replica.ranks.pulse.enter("logging")
     run.log_evaluation(progress, parts.plan, data.eval_split, result)
     return False

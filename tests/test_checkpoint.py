@@ -15,9 +15,11 @@ from dist_train.checkpoint_folder import (
     BadCheckpointError,
     list_checkpoints,
     newest_good,
+    newest_step,
     read_verified,
+    step_of,
 )
-from dist_train.checkpoint_upkeep import prune
+from dist_train.checkpoint_upkeep import Aside, prune, set_aside_after
 from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.config import Config, ConfigError
 from tests.faults import train_with
@@ -102,6 +104,31 @@ def test_a_damaged_one_is_reported_and_the_one_before_it_is_taken(how: str, tmp_
         newest_good(tmp_path, told.append)
 
 
+def test_the_newest_step_is_of_a_checkpoint_that_seems_whole(tmp_path: Path) -> None:
+    assert newest_step(tmp_path / "nowhere") == 0
+    for step in (9, 10, 11):
+        write_checkpoint(tmp_path, STATE, step=step)
+    assert newest_step(tmp_path) == 11
+    damaged(tmp_path / "step_00000011", "truncated")
+    assert newest_step(tmp_path) == 10
+    (tmp_path / "step_00000010" / "manifest.json").unlink()
+    assert newest_step(tmp_path) == 9
+    os.truncate(tmp_path / "step_00000009" / "manifest.json", 9)
+    assert newest_step(tmp_path) == 0
+
+
+def test_a_preferred_one_is_found_behind_newer_ones_or_else_the_newest(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 11):
+        write_checkpoint(tmp_path, {**STATE, "n": step}, step=step)
+    damaged(tmp_path / "step_00000010", "truncated")
+    for wanted, found in ((9, 9), (10, 11), (7, 11)):
+        good = newest_good(
+            tmp_path, print, prefer=lambda data, n=wanted: load_state(data)["n"] == n
+        )
+        assert good is not None
+        assert step_of(good[0]) == found
+
+
 def test_without_any_there_is_none(tmp_path: Path) -> None:
     assert newest_good(tmp_path / "nowhere", lambda text: None) is None
 
@@ -128,8 +155,32 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (3, 6, 9, 12):
         write_checkpoint(tmp_path, STATE, step=step)
-    prune(tmp_path, keep_last=2, keep_step=3)
+    prune(tmp_path, keep_last=2, newest=12, keep_step=3)
     assert [p.name[-2:] for p in list_checkpoints(tmp_path)] == ["12", "09", "03"]
+
+
+def test_what_was_just_saved_stays_beside_newer_ones_that_are_bad(tmp_path: Path) -> None:
+    for step in (100, 200, 250, 300, 400):
+        write_checkpoint(tmp_path, STATE, step=step)
+    prune(tmp_path, keep_last=2, newest=250, keep_step=None)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [400, 300, 250, 200]
+
+
+@pytest.mark.parametrize("why", ["rejected", "refused"])
+def test_a_link_in_place_of_a_checkpoint_can_be_set_aside_again_and_again(
+    why: Aside, tmp_path: Path
+) -> None:
+    (tmp_path / "target").mkdir()
+    folder = tmp_path / "checkpoints"
+    write_checkpoint(tmp_path, STATE, step=9).rename(folder)
+    for _ in range(2):
+        (folder / "step_00000010").symlink_to(tmp_path / "target")
+        (folder / "step_00000011").symlink_to(tmp_path / "nowhere")
+        set_aside_after(folder, 9, why=why)
+    left = {p.name for p in folder.glob(".re*")}
+    refused = {".refused-step_00000010", ".refused-step_00000011"}
+    assert left == (refused if why == "refused" else {".rejected-step_00000011"})
+    assert (tmp_path / "target").exists()
 
 
 def test_a_failed_save_leaves_nothing_and_keeps_the_one_before(

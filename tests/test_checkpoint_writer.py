@@ -354,8 +354,7 @@ def rolled_back(config: Any) -> list[Any]:
     def end(run: Run, parts: Any, progress: Any, data: Any, result: Any) -> dict[str, Any]:
         from dist_train.metrics import Meter
 
-        if run.saves is not None:
-            run.saves.set_aside_after(6)
+        run.states.set_aside_after(6, why="rejected")
         again = run.resume(parts, Meter(run.ranks, parts.plan), data.fingerprint())
         seen.append((again.step, again.generation))
         return real(run, parts, again, data, result)

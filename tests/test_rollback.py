@@ -1,6 +1,8 @@
 """Divergence and drift: found by all ranks at once, and taken back to the last good checkpoint."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 
 from dist_train import replay
+from dist_train.checkpoint import load_state
+from dist_train.checkpoint_folder import list_checkpoints, read_verified
 from dist_train.config import Config
 from dist_train.drift import fingerprint
 from dist_train.metrics import LossWatch
@@ -28,13 +32,14 @@ SETTINGS = (
 )
 
 
-def trained(config: Config, bad: dict[int, Any], rank: int) -> dict[str, Any]:
-    """Train; on `rank`, before step s of `bad`, do bad[s](parts) in generation 0, once."""
-    import os
+def trained(config: Config, bad: dict[int, Any], rank: int | None) -> dict[str, Any]:
+    """Train; on `rank` (None: on all), before step s of `bad`, do bad[s](parts) once.
 
+    In generation 0 only.
+    """
     from dist_train import train as loop
 
-    left = dict(bad) if int(os.environ.get("RANK", "0")) == rank else {}
+    left = dict(bad) if rank in (None, int(os.environ.get("RANK", "0"))) else {}
     real = loop.train_step
 
     def train_step(parts: Any, feed: Any, *, step: int, generation: int) -> Any:
@@ -68,6 +73,28 @@ def diverge(parts: Any) -> None:
         real()
 
     parts.guard.reset = reset
+
+
+def diverge_once(parts: Any) -> None:
+    """Every picture of this rank is NaN in one step."""
+
+    def spoil(module: nn.Module, inputs: tuple[torch.Tensor]) -> Any:
+        handle.remove()
+        return (inputs[0] * torch.nan,)
+
+    handle = parts.replica.module.register_forward_pre_hook(spoil)
+
+
+@torch.no_grad()
+def explode(parts: Any) -> None:
+    """Make the weights so large, and still finite, that no gradient is finite from now on."""
+    for param in parts.replica.module.parameters():
+        param.fill_(3e38)
+
+
+def ask_to_stop(parts: Any) -> None:
+    """Stop at the next boundary."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Flip:
@@ -105,6 +132,68 @@ def test_divergence_goes_back_once_and_on_by_another_way(tmp_path: Path) -> None
     assert rates[11] == pytest.approx(rates[10] / 2)
     files = sorted(f.name for f in (tmp_path / "run" / "bad_batches").glob("*.pt"))
     assert files == ["step_00000012_rank1.pt", "step_00000014_rank1.pt"]
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [e["step"] for e in events(run, "saved")]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_weights_that_only_skip_steps_are_no_good_checkpoint(lag: int, tmp_path: Path) -> None:
+    # Saves are due after 10 and 15 steps; those from 13 on are skipped, and the fifth leads back.
+    options = ("guards.max_consecutive=4", "checkpoint.keep_last=1", f"guards.lag={lag}")
+    found = run_ranks(trained, 2, small(tmp_path, *SETTINGS, *options), {13: explode}, None)
+    assert found[0]["state"] == "finished"
+    [back] = events(tmp_path, "rolled_back")
+    assert (back["step"], back["generation"]) == (10, 1)
+    assert saved_steps(tmp_path)[:4] == [5, 9, 10, 15]
+    assert events(tmp_path, "checkpoints_set_aside") == []
+
+
+def test_a_save_after_a_skipped_step_is_made_after_the_next_good_one(tmp_path: Path) -> None:
+    options = ("eval.every_steps=15", "checkpoint.keep_last=9")
+    run_ranks(trained, 2, small(tmp_path, *SETTINGS, *options), {14: diverge_once}, 1)
+    assert [e["step"] for e in events(tmp_path, "skipped_step")] == [14]
+    assert saved_steps(tmp_path) == [5, 10, 16, 20, 24]
+    progress = saved_progress(tmp_path / "checkpoints" / "step_00000016")
+    assert (progress["evaluated_step"], progress["best_step"]) == (15, None), "15 is not saved"
+
+
+@pytest.mark.slow
+def test_a_stop_among_skipped_steps_saves_and_the_way_back_leads_past_it(tmp_path: Path) -> None:
+    options = (*SETTINGS, "guards.max_consecutive=4", "checkpoint.keep_last=1")
+    whole = run_ranks(trained, 0, small(tmp_path / "a", *options), {13: explode}, 0)[0]
+    config = small(tmp_path / "b", *options)
+    stopped = run_ranks(trained, 0, config, {13: explode, 14: ask_to_stop}, 0)[0]
+    assert (stopped["state"], stopped["steps"]) == ("preempted", 15)
+    names = sorted(path.name for path in (tmp_path / "b" / "checkpoints").glob("step_*"))
+    assert names == ["step_00000009", "step_00000010", "step_00000015"], "best, good, the stop's"
+    resumed = run_ranks(trained, 0, config, {}, 0)[0]
+    [back] = events(tmp_path / "b", "rolled_back")
+    assert (back["step"], back["generation"]) == (10, 1)
+    skipped = [[e["step"] for e in events(tmp_path / x, "skipped_step")] for x in "ab"]
+    assert skipped == [[13, 14, 15, 16, 17]] * 2, "a resume counts on"
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_rollback_before_the_first_save_keeps_to_this_run_not_the_one_begun_with(
+    tmp_path: Path,
+) -> None:
+    run_ranks(trained, 0, small(tmp_path / "a", *SETTINGS, "train.steps=9"), {}, 0)
+    start = tmp_path / "a" / "checkpoints" / "step_00000009"
+    options = (f"resume={start}", "checkpoint.every_steps=99", "optim.lr=1e-4")
+    found = run_ranks(trained, 2, small(tmp_path / "b", *SETTINGS, *options), {10: diverge}, 1)
+    [back] = events(tmp_path / "b", "rolled_back")
+    assert (back["step"], back["checkpoint"]) == (9, "the start of the run")
+    other = saved_progress(start)
+    own = saved_progress(list_checkpoints(tmp_path / "b" / "checkpoints")[0])
+    assert other["best_step"] == 9
+    assert found[0]["best_step"] > 9
+    assert own["tracker_id"] != other["tracker_id"]
+
+
+def saved_progress(checkpoint: Path) -> dict[str, Any]:
+    return load_state(read_verified(checkpoint))["progress"]
 
 
 @pytest.mark.slow
@@ -206,8 +295,6 @@ def test_memory_that_is_damaged_again_and_again_ends_the_run(tmp_path: Path) -> 
 
 def always_flipped(config: Config) -> Any:
     """Flip a bit before step 7, however often it comes."""
-    import os
-
     from dist_train import train as loop
 
     flip, real = Flip("parameter", "11.weight", 3), loop.train_step

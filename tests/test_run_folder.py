@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dist_train import chain
 from dist_train.config import Config, ConfigError
 from dist_train.distributed import single_process
 from dist_train.run_folder import RunFolder
@@ -210,6 +212,56 @@ def test_a_run_from_another_ones_checkpoint_has_a_best_of_its_own(tmp_path: Path
     assert summary["best_step"] > 9
 
 
+def test_a_best_that_a_run_has_from_another_ones_checkpoint_is_saved_as_its_own(
+    tmp_path: Path,
+) -> None:
+    mark = tmp_path / "fired"
+    options = ("train.steps=12", "eval.every_steps=6", "log_every=1")
+    fault = Fault(rank=0, step=5, place="in the evaluation", number=signal.SIGTERM, mark=str(mark))
+    start_ranks_of(train_with, 0, small(tmp_path / "a", *options), fault)
+    assert mark.exists()
+    start = tmp_path / "a" / "checkpoints" / "step_00000006"
+    options = (*options, "train.early_stop_patience=1", "optim.lr=1e-9", f"resume={start}")
+    summary = run_ranks(trained, 0, small(tmp_path / "b", *options))[0]
+    assert (summary["early_stopped"], summary["best_step"]) == (True, 6)
+    assert (tmp_path / "b" / "checkpoints" / start.name).is_dir()
+
+
+def test_a_run_that_passes_over_bad_checkpoints_sets_them_aside_and_saves_its_own(
+    tmp_path: Path,
+) -> None:
+    options = ("checkpoint.every_steps=2", "checkpoint.keep_last=2", "eval.every_epochs=null")
+    run_ranks(trained, 0, small(tmp_path, *options, "train.steps=6"))
+    folder = tmp_path / "checkpoints"
+    for step in (8, 10):  # of a later attempt
+        shutil.copytree(folder / "step_00000004", folder / f"step_{step:08d}")
+    fault = Fault(rank=0, step=6, place="after the step", number=signal.SIGTERM, mark="/dev/null")
+    stopped = start_ranks_of(train_with, 2, small(tmp_path, *options, "train.steps=12"), fault)
+    assert stopped[0].value["steps"] == 7, stopped[0].trace
+    names = sorted(path.name for path in folder.iterdir())
+    aside = [".refused-step_00000008", ".refused-step_00000010"]
+    assert names == [*aside, "step_00000006", "step_00000007"]
+    events = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    [event] = [e for e in events if e["event"] == "checkpoints_set_aside"]
+    assert (event["step"], event["steps"], sorted(event["kept"])) == (6, [10, 8], aside)
+    assert "refused checkpoints stay in" in (tmp_path / "log" / "rank0.txt").read_text()
+    resumed = run_ranks(trained, 0, small(tmp_path, *options, "train.steps=12"))[0]
+    assert resumed["steps"] == 12
+
+
+def test_a_restart_does_not_count_a_bad_checkpoint_as_progress(tmp_path: Path) -> None:
+    options = ("checkpoint.every_steps=2", "eval.every_epochs=null", "train.steps=6")
+    run_ranks(trained, 0, small(tmp_path, *options))
+    os.truncate(tmp_path / "checkpoints" / "step_00000006" / "state.pt", 100)
+    (tmp_path / "status.json").unlink()
+    env = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "again"}
+    outcome = start_ranks_of(trained, 1, small(tmp_path, *options), env=env)[0]
+    assert outcome.error is None, outcome.trace
+    events = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "restarted"] == [4]
+    assert chain.read(tmp_path).progress == 4
+
+
 def test_fewer_steps_than_are_done_are_refused_and_the_result_stays(tmp_path: Path) -> None:
     first = run_ranks(trained, 0, small(tmp_path, "train.steps=9"))[0]
     outcome = start_ranks_of(train_with, 0, small(tmp_path, "train.steps=4"), None)[0]
@@ -226,3 +278,21 @@ def test_an_early_stopped_run_asked_for_more_says_why_it_does_not_go_on(tmp_path
     more = run_ranks(trained, 0, small(tmp_path, *options, "train.epochs=9"))[0]
     assert more["steps"] == first["steps"]
     assert "stopped early at step" in (tmp_path / "log" / "rank0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_early_stopped_run_goes_on_with_more_patience(tmp_path: Path) -> None:
+    options = ("train.epochs=5", "optim.lr=1e-9", "resume_allow=[train.early_stop_patience]")
+
+    def steps(patience: str) -> int:
+        config = small(tmp_path, *options, f"train.early_stop_patience={patience}")
+        return run_ranks(trained, 0, config)[0]["steps"]
+
+    assert steps("2") == 27
+    assert steps("2") == 27
+    assert steps("1") == 27, "less patience does not go on"
+    told = (tmp_path / "log" / "rank0.txt").read_text()
+    assert "raise train.early_stop_patience, with resume_allow=[train.early_stop" in told
+    assert f"and run_dir={tmp_path}" in told
+    assert steps("3") == 36
+    assert steps("null") == 45

@@ -15,10 +15,11 @@ from unittest import mock
 import pytest
 import torch
 
-from dist_train import train
+from dist_train import rollback, train
 from dist_train.distributed import Ranks
 from dist_train.monitor.processes import descendants
 from dist_train.parallel import Replica
+from dist_train.recovery import RollBack
 from dist_train.run import Run
 from dist_train.tasks import classification
 from tests.faults import Fault, train_with
@@ -282,6 +283,35 @@ def test_a_pause_is_no_hang(what: str, tmp_path: Path) -> None:
     assert (tmp_path / "paused").exists(), "there was no pause"
     assert value["state"] == "finished"
     assert events(folder, "hang") == []
+
+
+def with_slow_rollback(config: Any) -> Any:
+    """Go back once after STEP steps; the checkpoint takes longer to load than a step may."""
+    left, real_step, real_restore = {STEP}, train.train_step, rollback.restore
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] in left:
+            left.clear()
+            raise RollBack("told to", new_order=False)
+        return real_step(*args, **kwargs)
+
+    def restore(*args: Any) -> Any:
+        time.sleep(3)
+        return real_restore(*args)
+
+    with (
+        mock.patch.object(train, "train_step", train_step),
+        mock.patch.object(rollback, "restore", restore),
+    ):
+        return train_with(config, None)
+
+
+@pytest.mark.slow
+def test_going_back_to_a_large_checkpoint_is_no_hang(tmp_path: Path) -> None:
+    config = small(tmp_path, *QUICK, "guards.hang_sec=0.5", "train.steps=60")
+    assert run_ranks(with_slow_rollback, 2, config)[0]["state"] == "finished"
+    assert len(events(tmp_path, "rolled_back")) == 1
+    assert events(tmp_path, "hang") == []
 
 
 def its_monitors(pid: int) -> list[int]:
