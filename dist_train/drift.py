@@ -16,6 +16,8 @@ from dist_train.recovery import RollBack
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
+DAMAGED = "memory of one of them was damaged"
+
 
 class DriftCheck:
     """Compares parameters, optimizer state and averaged weights of all ranks, tensor by tensor."""
@@ -28,7 +30,19 @@ class DriftCheck:
         ema: Ema | None,
         *,
         every: int,
+        cause: str = DAMAGED,
     ) -> None:
+        """Make it.
+
+        Args:
+            ranks: whose copies are compared.
+            named_params: the parameters by name.
+            optimizer: theirs; what it keeps of them is compared, too.
+            ema: averaged weights, if there are any.
+            every: steps from check to check.
+            cause: what a difference means on these machines, in words.
+        """
+        self._cause = cause
         self._ranks = ranks
         self._named_params = named_params
         self._optimizer = optimizer
@@ -61,7 +75,7 @@ class DriftCheck:
             more = f" and {len(odd) - 1} other tensors" if len(odd) > 1 else ""
             raise RollBack(
                 f"the ranks' copies of {name}{more} differ after {step} steps "
-                f"({_who(columns[odd[0]])}): memory of one of them was damaged",
+                f"({_who(columns[odd[0]])}): {self._cause}",
                 new_order=False,
             )
 

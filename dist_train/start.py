@@ -18,7 +18,7 @@ from dist_train.build import (
 from dist_train.config import Config
 from dist_train.data.batch import Batch
 from dist_train.data.loaders import Data
-from dist_train.drift import DriftCheck
+from dist_train.drift import DAMAGED, DriftCheck
 from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.optim import Ema, build_optimizer, lean_step
@@ -27,6 +27,7 @@ from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.recovery import Recovery
 from dist_train.run import Run
+from dist_train.run_folder import cpu_name
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
 
@@ -50,6 +51,9 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         ranks.together(lambda: initialise(data.loader.some_pictures(SHOWN_TO_MODEL)))
     if config.model.compile:
         compile_in_place(model, ranks.pulse)
+    mixed = _mixed_hardware(ranks.gather(_hardware(ranks.device)))
+    if mixed is not None:
+        run.warn(f"{mixed}: last bits of their sums may differ, and with them in time the replicas")
     replica = Replica(model, ranks, config)
     if replica.form == "overlap" and not replica.recoverable:
         run.warn(
@@ -74,10 +78,32 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         ema=ema,
         guard=guard,
         recovery=Recovery(config, replica, guard, remember=run.chain.remember_micro_batch),
-        drift=DriftCheck(ranks, named, optimizer, ema, every=config.guards.drift_every),
+        drift=DriftCheck(
+            ranks,
+            named,
+            optimizer,
+            ema,
+            every=config.guards.drift_every,
+            cause=DAMAGED if mixed is None else f"{mixed}, or memory was damaged",
+        ),
         precision=precision,
         num_classes=data.num_classes,
     )
+
+
+def _hardware(device: torch.device) -> str:
+    """Return what the bits of a rank's results depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, threads={torch.get_num_threads()}"
+
+
+def _mixed_hardware(names: list[str]) -> str | None:
+    """Say which ranks compute on something else than rank 0; None: none does."""
+    odd = [rank for rank, name in enumerate(names) if name != names[0]]
+    if not odd:
+        return None
+    return f"rank {odd[0]} computes on {names[odd[0]]}, rank 0 on {names[0]}"
 
 
 def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:

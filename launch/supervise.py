@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_train.chain import status_of
+from dist_train import chain as chains
 from dist_train.config.arguments import (
     NODES_VARIABLE,
     RUN_DIR_VARIABLE,
@@ -95,7 +95,7 @@ class _Launch:
     def status(self) -> dict[str, Any]:
         """Return what status.json says of these ranks; empty: nothing, or it is not seen here."""
         name, _ = what_met(self.verdict, self.chain)
-        return status_of(self.run_dir, name, self.attempt)
+        return chains.status_of(self.run_dir, name, self.attempt)
 
     def is_told_elsewhere(self) -> bool:
         """Whether the ranks of all machines have met, and another one sees what became of them."""

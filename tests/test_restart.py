@@ -192,6 +192,18 @@ def test_a_kill_on_the_second_machine_is_the_chains_of_rank_0(tmp_path: Path) ->
     assert chain.read(run).chain == status["chain"], "the other machine's took over"
 
 
+@pytest.mark.slow
+def test_the_same_failure_on_the_second_machine_ends_both_with_93(tmp_path: Path) -> None:
+    words = ["--nnodes", "2", "--nproc", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words += ["model.factory=tests.nets:failing_net", "model.args.kind=KeyboardInterrupt"]
+    machines = [dist_train_run(tmp_path / "run", *words) for _ in range(2)]
+    ends = [machine.communicate(timeout=200) for machine in machines]
+    assert [machine.returncode for machine in machines] == [93, 93], ends
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["exit_code"], status["attempt"]) == (93, 2)
+    assert "(3 times, at the same step)" in status["reason"]
+
+
 @pytest.mark.exhaustive
 def test_a_second_kill_while_recovering_changes_no_bit(tmp_path: Path) -> None:
     clean = run_ranks(trained, 2, small(tmp_path / "clean", *HARD, "train.steps=600"))[0]

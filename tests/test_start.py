@@ -1,8 +1,10 @@
 """How ranks begin: the same weights on all of them, one precision, and no module too many."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +111,36 @@ def test_a_run_and_its_resume_need_no_compiler(optim: str, tmp_path: Path) -> No
     assert "resumed from" in done.stdout
     heavy = {"torchvision", "torch._dynamo", "torch._inductor", "sympy", "wandb", "tensorboard"}
     assert not heavy & set(done.stdout.splitlines()[-1].split())
+
+
+def trained_on_mixed_hardware(config: Config, at: int) -> dict[str, Any]:
+    """Train; rank 1 says that its processor is another one, and its weights go astray once."""
+    import os
+
+    from dist_train import start
+    from dist_train import train as loop
+
+    real, left = loop.train_step, {at}
+
+    def train_step(parts: Any, feed: Any, *, step: int, **options: Any) -> Any:
+        if os.environ["RANK"] == "1" and step in left:
+            left.remove(step)
+            next(iter(parts.replica.module.parameters())).data.mul_(1.0 + 1e-6)
+        return real(parts, feed, step=step, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(start, "cpu_name", lambda: "an older processor")
+        patch.setattr(loop, "train_step", train_step)
+        return loop.train(config)
+
+
+def test_ranks_on_different_hardware_are_told_and_blamed_before_the_memory(tmp_path: Path) -> None:
+    config = small(tmp_path, "train.steps=12", "guards.drift_every=4", "checkpoint.every_steps=2")
+    run_ranks(trained_on_mixed_hardware, 2, config, 5)
+    log = (tmp_path / "log" / "rank0.txt").read_text()
+    assert "rank 1 computes on an older processor, threads=1, rank 0 on" in log
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    [back] = [line for line in lines if line["event"] == "rolled_back"]
+    assert "an older processor" in back["reason"]
+    assert "or memory was damaged" in back["reason"]
