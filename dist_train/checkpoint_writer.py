@@ -54,7 +54,8 @@ class CheckpointWriter:
     ) -> None:
         self.folder = folder
         self.cost: SaveCost | None = None  # of the last save that worked
-        self.slowest_sec = 0.0  # of the saves that worked, from the copy to the disk
+        self.last_sec = 0.0  # of the last save that worked, from the copy to the disk
+        self.slowest_sec = 0.0  # of all of them
         self.last_saved: int | None = None
         self.last_error: Exception | None = None  # of the last try; None once one worked
         self._keep_last = keep_last
@@ -229,7 +230,8 @@ class CheckpointWriter:
         start, began = time.thread_time(), time.monotonic()
         self._mend_folder()
         write_checkpoint(self.folder, job.state, step=job.step)
-        self.slowest_sec = max(self.slowest_sec, job.stall_sec + time.monotonic() - began)
+        self.last_sec = job.stall_sec + time.monotonic() - began
+        self.slowest_sec = max(self.slowest_sec, self.last_sec)
         self._on_saved(job.step)
         try:
             if not job.keep_older:

@@ -51,7 +51,7 @@ class Saves:
         self._writer = CheckpointWriter(
             folder.checkpoints,
             keep_last=config.keep_last,
-            on_saved=lambda step: folder.event("saved", step=step),
+            on_saved=self._on_saved,
             on_error=lambda text: self._tell("save_failed", text),
             on_recovered=lambda text: self._tell("save_recovered", text),
         )
@@ -144,6 +144,10 @@ class Saves:
             f"({self._writer.last_error}): {behind}. Mend the disk of {self._folder.checkpoints} "
             "and give the same command again"
         )
+
+    def _on_saved(self, step: int) -> None:
+        """Record it; in the writer's thread."""
+        self._folder.event("saved", step=step, sec=round(self._writer.last_sec, 3))
 
     def _tell_if_slow(self) -> None:
         sec = self._writer.writing_sec

@@ -23,6 +23,7 @@ from dist_train.heartbeat import (
     Pulse,
     read_beat,
 )
+from dist_train.monitor import processes
 from dist_train.monitor.ending import within
 from dist_train.monitor.limits import Limits
 from dist_train.monitor.link import Link, hub_socket, socket_to
@@ -221,6 +222,22 @@ def test_what_is_equal_noisy_or_cheap_is_not_slow() -> None:
     assert found_slow([[50.0, 200.0], [50.0, 50.0]]) == [], "every other window"
     assert found_slow([[1.0, 3.0]]) == [], "2 ms of a step of 100"
     assert found_slow([[50.0, 80.0]], no_core_ms=30.0) == [], "the machine is overloaded"
+
+
+def test_a_rank_whose_loader_has_no_core_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for its batch, which is work that somebody has to do."""
+    delays, found = {1: 500, 11: 7000, 12: 9000, 2: 40}, {1: [(11, 0)], 11: [(12, 0)]}
+    monkeypatch.setattr(processes, "core_delay_ns", lambda pid: delays.get(pid, 0))
+    monkeypatch.setattr(processes, "all_children", lambda: dict(found))
+    core = processes.CoreDelays()
+    assert (core.of(1, 0.0), core.of(2, 0.0)) == (0, 0), "what was before counts for nobody"
+    delays.update({1: 600, 11: 7300, 12: 9200, 2: 45})
+    assert (core.of(1, 1.0), core.of(2, 1.0)) == (400, 5), "its own, and the longer of the two"
+    found[1] = [(13, 0)]  # an epoch later
+    delays.update({1: 610, 13: 80})
+    assert core.of(1, 1.0 + processes.CHILDREN_SEC) == 410
+    delays[13] = 100
+    assert core.of(1, 2.0 + processes.CHILDREN_SEC) == 430
 
 
 def test_the_phases_are_in_the_order_of_a_step() -> None:

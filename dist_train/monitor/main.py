@@ -15,7 +15,7 @@ from dist_train.heartbeat import HERE, LEFT, NOT_YET, NUMBER_OF, Identity, read_
 from dist_train.monitor.ending import await_end, end_ranks, report, report_death, within
 from dist_train.monitor.limits import WRITING, Limits
 from dist_train.monitor.link import Link, bound_socket, socket_to
-from dist_train.monitor.processes import GONE, STOPPED, TRACED, bytes_moved, core_delay_ns, state_of
+from dist_train.monitor.processes import GONE, STOPPED, TRACED, CoreDelays, bytes_moved, state_of
 from dist_train.monitor.report import Place, append_event, open_stacks, say
 from dist_train.monitor.stragglers import Slow, Stragglers
 from dist_train.monitor.verdict import LEFT as HAS_LEFT
@@ -54,6 +54,7 @@ class Monitor:
         self._stacks: dict[int, BinaryIO | None] = {}  # by rank; read also after its death
         self._link = _open_link(settings, place, hub)
         self._stragglers = Stragglers()
+        self._delays = CoreDelays()
         self._parent = os.getppid()
         self._everybody: list[View] = []  # with several nodes, as far as they are known
         self._dead: set[int] = set()  # ranks whose death is told
@@ -85,7 +86,7 @@ class Monitor:
 
     def _look(self, tick_sec: float) -> list[View]:
         """Return what there is to see of the ranks of this node."""
-        views = []
+        views, now = [], time.monotonic()
         for slot in range(self._settings.slots):
             one, beat = read_identity(self._memory, slot), read_beat(self._memory, slot)
             if one.presence == NOT_YET:
@@ -116,7 +117,7 @@ class Monitor:
                     limit=limits.limit,
                     state=state,
                     busy_ns=beat.busy_ns,
-                    delay_ns=core_delay_ns(one.pid),
+                    delay_ns=self._delays.of(one.pid, now),
                     calls=beat.calls,
                     call=beat.call,
                     values=beat.values,

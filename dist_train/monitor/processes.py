@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+CHILDREN_SEC = 30.0  # between two looks for what a rank has started
 GONE = "gone"
 STOPPED = "T"  # by a signal
 TRACED = "t"  # held by a debugger
@@ -79,14 +80,24 @@ def core_delay_ns(pid: int) -> int:
         return 0
 
 
-def descendants(pid: int) -> list[tuple[int, int]]:
-    """Return (pid, start) of all that a process started, and what these started; not of myself."""
-    children: dict[int, list[tuple[int, int]]] = {}
+Children = dict[int, list[tuple[int, int]]]
+"""(pid, start) of each process, by its parent."""
+
+
+def all_children() -> Children:
+    """Return who has started whom, but for myself. Reads all of /proc."""
+    children: Children = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             stat = read_stat(int(entry))
             if stat is not None:
                 children.setdefault(stat.parent, []).append((int(entry), stat.started))
+    return children
+
+
+def descendants(pid: int, children: Children | None = None) -> list[tuple[int, int]]:
+    """Return (pid, start) of all that a process started, and what these started; not of myself."""
+    children = all_children() if children is None else children
     found: list[tuple[int, int]] = []
     open_ends = [pid]
     while open_ends:
@@ -94,6 +105,36 @@ def descendants(pid: int) -> list[tuple[int, int]]:
             found.append(child)
             open_ends.append(child[0])
     return found
+
+
+class CoreDelays:
+    """How long ranks had to wait for a core, themselves or what loads their data."""
+
+    def __init__(self) -> None:
+        self._children: Children = {}  # as of the last look
+        self._next_look = 0.0
+        self._seen: dict[int, int] = {}  # nanoseconds, by process
+        self._sums: dict[int, int] = {}  # by rank's process
+
+    def of(self, pid: int, now_sec: float) -> int:
+        """Return the nanoseconds so far: those of the rank, and of the child that had most.
+
+        Args:
+            pid: of the rank.
+            now_sec: of a clock that only goes on.
+        """
+        if now_sec >= self._next_look:
+            self._children, self._next_look = all_children(), now_sec + CHILDREN_SEC
+        mine = self._since(pid)
+        others = [self._since(child) for child, _ in descendants(pid, self._children)]
+        self._sums[pid] = self._sums.get(pid, 0) + mine + max(others, default=0)
+        return self._sums[pid]
+
+    def _since(self, pid: int) -> int:
+        """Return what was added since the last call; nothing at the first."""
+        now = core_delay_ns(pid)
+        before, self._seen[pid] = self._seen.get(pid, now), now
+        return max(0, now - before)
 
 
 def describe(pid: int) -> str:
