@@ -107,6 +107,9 @@ class _Report(logging.Handler):
             raise SystemExit(mine["exit_code"])
         memory = chain.read(self._folder)
         seen = memory.attempt if memory.chain == name else -1
+        # Another machine's rank may have ended the chain a moment ago, and be writing status.json.
+        if seen >= self._first_attempt and memory.exit_code is not None:
+            raise SystemExit(memory.exit_code)
         # Of several machines each counts only its own restarts, and not all see the run's folder.
         self._attempt = max(self._attempt, seen, met)
         why = self._why(code, local_rank)

@@ -130,7 +130,9 @@ def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return torchrun.wait(timeout=1.0)
         status = launch.status()
-        if status.get("state") not in ("finished", "preempted"):
+        # Failed, too: this machine's torchrun may wait for one that knew it sooner and has ended.
+        over = status.get("state") in ("finished", "preempted") or _is_final(status)
+        if not over:
             over_since = None
         elif over_since is None:
             over_since = time.monotonic()
@@ -138,6 +140,10 @@ def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
             print_error(f"the run is {status['state']}, but its ranks do not end: they are killed")
             torchrun.kill()
             _kill(launch.chain)
+
+
+def _is_final(status: dict[str, Any]) -> bool:
+    return status.get("state") == "failed" and status.get("exit_code") in (2, chains.EXIT_CODE)
 
 
 def _clear(chain: str, *, at_once: bool) -> None:
@@ -187,7 +193,8 @@ def _answer(launch: _Launch, code: int, heard: _Signals) -> int:
             return 0
         return code
     final = status.get("exit_code")
-    if killed and not heard.stopped and status["state"] != "finished":
+    over = status["state"] == "finished" or _is_final(status)
+    if killed and not heard.stopped and not over:
         print_error(
             f"torchrun was killed by {signal.Signals(code - 128).name}; the run is "
             f"{status['state']} at step {status['step']}: the same command continues"

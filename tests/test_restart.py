@@ -171,6 +171,35 @@ def test_how_the_launch_before_ended_is_not_how_this_one_did(
     assert chain.status_of(tmp_path, "slurm-77", 0) == {}
 
 
+def test_a_chain_that_another_machine_has_ended_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would wait for that machine. status.json is written a moment after chain.json."""
+    (tmp_path / "log").mkdir()
+    monkeypatch.setenv(NODES_VARIABLE, "2")
+    report = agent._Report(tmp_path, "that of rank 0", tmp_path / "verdict.json")
+    told = None
+    for attempt in range(3):
+        chain.begin(
+            tmp_path, chain="that of rank 0", attempt=attempt, world_size=2, step=0, stopped=False
+        )
+        cause = chain.Cause(attempt=attempt, rank=1, step=3, type="KeyboardInterrupt")
+        told = chain.record(tmp_path, "that of rank 0", cause)
+        if attempt < 2:
+            report.emit(A_DEATH)
+    assert told is not None
+    with pytest.raises(SystemExit) as ended:
+        report.emit(A_DEATH)
+    assert ended.value.code == 93
+    assert capsys.readouterr().err.count("dist-train: attempt") == 2
+    status = {"chain": "that of rank 0", "attempt": 2, "state": "failed", "exit_code": 93}
+    (tmp_path / "status.json").write_text(json.dumps(status | {"reason": "3 times"}))
+    monkeypatch.setattr(supervise, "TIDY_SEC", 0.0)
+    waits = [sys.executable, "-c", "import time; time.sleep(600)"]
+    code = supervise.supervise(waits, dict(os.environ), tmp_path, chain="that of rank 0")
+    assert code == 93
+
+
 @pytest.mark.slow
 def test_a_kill_on_the_second_machine_is_the_chains_of_rank_0(tmp_path: Path) -> None:
     run = tmp_path / "run"
