@@ -14,7 +14,7 @@ def main() -> int:
 
 
 def _main() -> int:
-    from dist_train.chain import ended_for_good
+    from dist_train.chain_status import ended_for_good
     from dist_train.config import ConfigError
     from dist_train.config.arguments import let_another_speak, parse, refuse, stop_with_parent
     from dist_train.config.redact import redact

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dist_train import chain
+from dist_train.chain_status import status_of
 from dist_train.config.arguments import (
     NODES_VARIABLE,
     RUN_DIR_VARIABLE,
@@ -101,7 +102,7 @@ class _Report(logging.Handler):
         assert isinstance(code, int)
         assert isinstance(local_rank, int)
         name, met = what_met(self._verdict, self._own_chain)
-        mine = chain.status_of(self._folder, name, self._first_attempt)
+        mine = status_of(self._folder, name, self._first_attempt)
         over = mine.get("state") != "running" and mine.get("exit_code") in FINAL_CODES
         if over:  # a rank that dies in its tidying-up is no news
             raise SystemExit(mine["exit_code"])
@@ -128,7 +129,7 @@ class _Report(logging.Handler):
     def close_status(self) -> None:
         """Let status.json name the first cause, also of a death that no rank could write down."""
         path = self._folder / "status.json"
-        status = chain.status_of(self._folder, self._chain, self._first_attempt)
+        status = status_of(self._folder, self._chain, self._first_attempt)
         cause = chain.read(self._folder).cause
         if not status or status.get("exit_code") in FINAL_CODES:
             return

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dist_train.chain import begin, earlier_end, has_ended
+from dist_train.chain import begin
+from dist_train.chain_status import earlier_end, has_ended
 from dist_train.checkpoint_folder import list_checkpoints, newest_step
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import check_same_run, length_of, run_dir_of

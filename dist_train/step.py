@@ -81,7 +81,7 @@ def culprits_of(parts: Parts, feed: Feed, step: int, folder: Path) -> list[Culpr
         found = find_culprits(
             parts.replica.ranks,
             parts.replica.module,
-            [batch.part(first, last) for first, last in _pieces(parts, batch)],
+            [batch.part(first, last) for first, last in pieces_of(parts, batch)],
             loss_of,
             indices=feed.samples(step),
             folder=folder,
@@ -105,7 +105,7 @@ def _accumulate(
     weight = replica.loss_weight(batch.global_size)
     if parts.scaler is not None:
         weight = parts.scaler.scale(weight)
-    for first, last in _pieces(parts, batch):
+    for first, last in pieces_of(parts, batch):
         part = batch.part(first, last)
         with replica.gradients.piece(last=last == len(batch)):
             pulse.at("forward", step)
@@ -116,7 +116,7 @@ def _accumulate(
             backward(loss, weight)
 
 
-def _pieces(parts: Parts, batch: Batch) -> list[tuple[int, int]]:
+def pieces_of(parts: Parts, batch: Batch) -> list[tuple[int, int]]:
     """Return the [first, last) of a rank's batch that are forwarded at once."""
     config, ranks = parts.config.train, parts.replica.ranks
     if config.order == "fast":

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from dist_train import chain as chains
+from dist_train.chain_status import is_final, status_of
 from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
 from dist_train.config.identity import run_dir_of
@@ -89,7 +90,7 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
         attempt = memory.attempt + 1 if memory.chain == chain else 0
         environment = _for_srun(os.environ) | _told(_job(job_id), chain, attempt)
         code = ranks.run([*start, *words], environment)
-        status = chains.status_of(folder, chain, attempt)
+        status = status_of(folder, chain, attempt)
         began = bool(status)
         silent = 0 if began else silent + 1
         if not began and code not in (0, 2, chains.EXIT_CODE) and ranks.stopped_by is None:
@@ -136,11 +137,11 @@ def what_next(
         first_step: the newest checkpoint when these ranks began.
         stopped: this process was asked to stop.
     """
-    state, final, reason = status.get("state"), status.get("exit_code"), status.get("reason") or ""
+    state, reason = status.get("state"), status.get("reason") or ""
     if state == "finished":
         return Next(do="end")
-    if state == "failed" and final in (2, chains.EXIT_CODE):
-        return Next(do="end", code=final, say=reason)
+    if is_final(status):
+        return Next(do="end", code=status["exit_code"], say=reason)
     if not status and (code in (2, chains.EXIT_CODE) or (code == 0 and not stopped)):
         return Next(do="end", code=code)  # refused in words, or there was nothing left to do
     saved = state == "preempted" or (not status and code == 0)

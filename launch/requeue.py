@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from dist_train import chain
+from dist_train.chain_status import forget
 from dist_train.config import ConfigError
 from dist_train.config.arguments import Parser, print_error
 from dist_train.config.redact import redact_words
@@ -60,7 +60,7 @@ def _requeue(record: JobRecord, jobs_dir: Path) -> str:
     # Without it the next start is the first of its chain; a job that runs now must end before.
     folder = record.path(record.run_dir)
     if job is None or not job.is_running:
-        chain.forget(folder)
+        forget(folder)
     if job is None or (job.is_over and not job.may_requeue):
         return _again(record, jobs_dir)
     if not job.may_requeue:
@@ -92,7 +92,7 @@ def _verify(record: JobRecord, before: scontrol.Job, folder: Path) -> str:
         job = scontrol.job_of(record.job_id)
         if job is not None and job.is_waiting:
             if before.is_running:
-                chain.forget(folder)
+                forget(folder)
             if "HOLD" in job.state or "held" in job.reason.lower():  # JobHeldUser, JobHeldAdmin
                 return f"job {record.job_id} is held: scontrol release {record.job_id}"
             return f"job {record.job_id} waits in the queue ({job.state}) and continues by itself"

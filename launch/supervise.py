@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_train import chain as chains
+from dist_train.chain_status import is_final, status_of
 from dist_train.config.arguments import (
     NODES_VARIABLE,
     RUN_DIR_VARIABLE,
@@ -95,7 +95,7 @@ class _Launch:
     def status(self) -> dict[str, Any]:
         """Return what status.json says of these ranks; empty: nothing, or it is not seen here."""
         name, _ = what_met(self.verdict, self.chain)
-        return chains.status_of(self.run_dir, name, self.attempt)
+        return status_of(self.run_dir, name, self.attempt)
 
     def is_told_elsewhere(self) -> bool:
         """Whether the ranks of all machines have met, and another one sees what became of them."""
@@ -131,7 +131,7 @@ def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
             return torchrun.wait(timeout=1.0)
         status = launch.status()
         # Failed, too: this machine's torchrun may wait for one that knew it sooner and has ended.
-        over = status.get("state") in ("finished", "preempted") or _is_final(status)
+        over = status.get("state") in ("finished", "preempted") or is_final(status)
         if not over:
             over_since = None
         elif over_since is None:
@@ -140,10 +140,6 @@ def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
             print_error(f"the run is {status['state']}, but its ranks do not end: they are killed")
             torchrun.kill()
             _kill(launch.chain)
-
-
-def _is_final(status: dict[str, Any]) -> bool:
-    return status.get("state") == "failed" and status.get("exit_code") in (2, chains.EXIT_CODE)
 
 
 def _clear(chain: str, *, at_once: bool) -> None:
@@ -193,7 +189,7 @@ def _answer(launch: _Launch, code: int, heard: _Signals) -> int:
             return 0
         return code
     final = status.get("exit_code")
-    over = status["state"] == "finished" or _is_final(status)
+    over = status["state"] == "finished" or is_final(status)
     if killed and not heard.stopped and not over:
         print_error(
             f"torchrun was killed by {signal.Signals(code - 128).name}; the run is "

@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "save_period",
     ),
     ("chain", "checkpoint_upkeep", "device", "launch_store", "monitor", "state_file"),
-    ("rendezvous",),
+    ("chain_status", "rendezvous"),
     ("agent", "distributed", "memory", "muon", "plan"),
     ("gradients", "overlap"),
     ("nonfinite", "optim", "parallel"),
@@ -65,7 +65,7 @@ EDGES = {
 }
 # Inside a function: where and what; torch or an optional package is not loaded without need.
 LATE = {
-    ("dist_train/__main__.py", "dist_train.chain"),
+    ("dist_train/__main__.py", "dist_train.chain_status"),
     ("dist_train/__main__.py", "dist_train.config"),
     ("dist_train/__main__.py", "dist_train.config.arguments"),
     ("dist_train/__main__.py", "dist_train.config.redact"),
@@ -96,6 +96,7 @@ LATE = {
 # dist_train's own that the launcher may import: none of them imports torch.
 OF_LAUNCH = (
     "dist_train",
+    "dist_train.chain_status",
     "dist_train.config",
     "dist_train.layout",
     "dist_train.preemption",
@@ -108,6 +109,7 @@ WITHOUT_TORCH = (
     "dist_train.config.arguments",
     "dist_train.agent",
     "dist_train.chain",
+    "dist_train.chain_status",
     "dist_train.doctor.main",
     "dist_train.layout",
     "dist_train.preemption",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train import agent, chain
+from dist_train import agent, chain, chain_status
 from dist_train.config.arguments import NODES_VARIABLE, VERDICT_VARIABLE, tell_met
 from dist_train.layout import ATTEMPT_VARIABLE
 from launch import supervise
@@ -167,8 +167,8 @@ def test_how_the_launch_before_ended_is_not_how_this_one_did(
     ended = supervise.supervise(command, dict(os.environ), tmp_path, chain="slurm-77", attempt=4)
     assert ended == 7
     assert "old" not in capsys.readouterr().err
-    chain.forget(tmp_path)
-    assert chain.status_of(tmp_path, "slurm-77", 0) == {}
+    chain_status.forget(tmp_path)
+    assert chain_status.status_of(tmp_path, "slurm-77", 0) == {}
 
 
 def test_a_chain_that_another_machine_has_ended_is_not_gone_on_with(

@@ -18,10 +18,10 @@ from dist_train.data.loaders import Data
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.gradients import backward
 from dist_train.metrics import Meter
-from dist_train.order import GlobalOrderSampler, micro_batches, shards
+from dist_train.order import GlobalOrderSampler
 from dist_train.progress import Progress
 from dist_train.state import Parts
-from dist_train.step import train_step
+from dist_train.step import pieces_of, train_step
 from dist_train.tasks import classification as task
 
 WAYS = ("full", "ready", "alone", "bare")
@@ -164,14 +164,7 @@ class Steps:
 
     def pieces(self) -> list[Batch]:
         """Return the ready batch as a step forwards it: in micro-batches, or in shards."""
-        parts, batch = self._parts, self.batch
-        ranks, num_shards = parts.replica.ranks, _num_shards(parts)
-        ends = micro_batches(len(batch), parts.recovery.micro_batch_size)
-        if num_shards is not None:
-            start = batch.first_position
-            own = shards(batch.global_size, ranks.rank, ranks.world_size, num_shards)
-            ends = [(first - start, last - start) for first, last in own]
-        return [batch.part(first, last) for first, last in ends]
+        return [self.batch.part(*ends) for ends in pieces_of(self._parts, self.batch)]
 
     def gradient_times(self) -> list[tuple[int, float]]:
         """Return (bytes, seconds after the backward's begin) of each gradient in its turn.
