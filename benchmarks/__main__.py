@@ -9,24 +9,35 @@ import contextlib
 import json
 import sys
 import time
-from types import ModuleType
+import traceback
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks import bench_truth, checkpoint_cost, data_path, guard_overhead, scaling
+from benchmarks import (
+    bench_truth,
+    checkpoint_cost,
+    data_path,
+    fixed_order_cost,
+    guard_overhead,
+    scaling,
+)
 from benchmarks.intervals import RESULTS, ROOT, machine, write_between
 
 FOLDER = ROOT / "benchmarks" / "results"
-MEASURED: dict[str, ModuleType] = {
-    "data_path": data_path,
-    "guards": guard_overhead,
-    "checkpoint": checkpoint_cost,
-    "scaling": scaling,
-    "truth": bench_truth,
+MEASURED: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {  # and its table
+    "data_path": (data_path.measure, data_path.table),
+    "guards": (guard_overhead.measure, guard_overhead.table),
+    "fixed_order": (fixed_order_cost.measure, fixed_order_cost.table),
+    "checkpoint": (checkpoint_cost.measure, checkpoint_cost.table),
+    "scaling": (scaling.measure, scaling.table),
+    "causes": (bench_truth.causes, bench_truth.causes_table),
+    "predictions": (bench_truth.scale, bench_truth.scale_table),
+    "compare": (bench_truth.compare, bench_truth.compare_table),
 }
 
 
-def main() -> None:
-    """Run the command line."""
+def main() -> int:
+    """Run the command line; returns the exit code: 1 if a measurement failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     runs = verbs.add_parser("run", help="measure, one after the other, and keep what was found")
@@ -40,23 +51,35 @@ def main() -> None:
                 write_between(RESULTS, name, text)
             else:
                 print(f"## {name}\n\n{text}\n")
-        return
+        return 0
     wrong = [name for name in asked.names if name not in MEASURED]
     if wrong:
         parser.error(f"{', '.join(wrong)} is none of {', '.join(MEASURED)}")
-    for name in asked.names or MEASURED:
-        begun = time.monotonic()
+    failed = [name for name in asked.names or MEASURED if not _run(name)]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run(name: str) -> bool:
+    """Measure one and keep what was found; a failure is told, and the next one goes on."""
+    begun = time.monotonic()
+    try:
         with contextlib.redirect_stdout(sys.stderr):  # what the runs themselves say
-            found = MEASURED[name].measure()
-        record = {
-            "machine": machine(),
-            "date": time.strftime("%Y-%m-%d"),
-            "wall_sec": round(time.monotonic() - begun, 1),
-            "found": found,
-        }
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"## {name}\n\n{_table(name, record)}\n", flush=True)
+            found = MEASURED[name][0]()
+    except Exception:
+        traceback.print_exc()
+        return False
+    record = {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "wall_sec": round(time.monotonic() - begun, 1),
+        "found": found,
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"## {name}\n\n{_table(name, record)}\n", flush=True)
+    return True
 
 
 def _tables() -> dict[str, str]:
@@ -71,8 +94,9 @@ def _tables() -> dict[str, str]:
 
 def _table(name: str, record: dict[str, Any]) -> str:
     where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    return f"{record['date']}; {where}.\n\n{MEASURED[name].table(record['found'])}"
+    took = f"{record['wall_sec'] / 60:.1f} minutes"
+    return f"{record['date']}; {where}; {took}.\n\n{MEASURED[name][1](record['found'])}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

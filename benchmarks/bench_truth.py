@@ -1,4 +1,4 @@
-"""Whether `dist-train bench` tells the truth: `python -m benchmarks run truth`.
+"""Whether `dist-train bench` tells the truth: `python -m benchmarks run causes predictions compare`.
 
 causes: late batches, a slow rank, a slow link: is each named as what to change first? scale: the
 model of scale against step times measured over a link with a delay, and on 4 and 8 ranks that
@@ -34,6 +34,7 @@ SMALL_STEP = (  # some 20 ms on one core
     "device=cpu",
     "train.global_batch_size=96",
     "threads=1",
+    "precision=fp32",  # as the fixed convolution that a machine's own speed is told by
 )
 SLEEPING = (
     *SMALL_STEP,
@@ -50,14 +51,8 @@ SHOWN = 200  # characters of a failure, in the table
 FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)  # of one case
 
 
-def measure() -> dict[str, Any]:
-    """Measure all three; a case that cannot be measured says why, and the others are kept."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    return {"causes": causes(), "scale": scale(), "compare": compare()}
-
-
 def causes() -> list[dict[str, Any]]:
-    """Return for each fault what was named, and what the largest parts were."""
+    """Return for each fault what was named, or why that cannot be told, and the parts."""
     return [
         {"fault": fault} | attempted(partial(cause, fault, part)) for fault, part in CAUSES.items()
     ]
@@ -126,6 +121,7 @@ def why(failure: Exception) -> str:
 
 def compare() -> dict[str, Any]:
     """Return in how many tries a change was told, of the same code and of slower code."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # the launches run this repository's worker
     options = ["--nproc", "1", "--scaling", "strong", "--seconds", "2", "--repeats", "4"]
     with tempfile.TemporaryDirectory() as name, mock.patch.object(launches, "WORKER", WORKER):
         folder = Path(name)
@@ -219,7 +215,7 @@ def _launch(
     out = folder / "measured.json"
     spec = {"out": str(out), "seconds": SECONDS, "seed": seed, "begun": time.time()}
     rest = ["--spec", json.dumps(spec), *words, *FIXED, f"run_dir={folder}/run"]
-    env = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with _started([[*command, *rest] for command in commands], env, folder) as processes:
         for process in processes:
             try:
@@ -261,32 +257,40 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+def causes_table(found: list[dict[str, Any]]) -> str:
+    """Return what was named as Markdown."""
     lines = ["| what is wrong, on 2 ranks | named first | in words |", "|---|---|---|"]
-    for told in found["causes"]:
+    for told in found:
         if "not_run" in told:
             lines.append(f"| {told['fault']} | not run: {_in_a_cell(told['not_run'])} | |")
         else:
             mark = "" if told["named"] == told["wanted"] else f" (**wanted {told['wanted']}**)"
             lines.append(f"| {told['fault']} | {told['named']}{mark} | {told['text']} |")
-    lines += ["", "| case | step predicted, ms | measured, ms | error |", "|---|---|---|---|"]
-    for check in found["scale"]:
+    return "\n".join(lines)
+
+
+def scale_table(found: list[dict[str, Any]]) -> str:
+    """Return predictions and what was measured as Markdown."""
+    lines = ["| case | step predicted, ms | measured, ms | error |", "|---|---|---|---|"]
+    for check in found:
         if "not_run" in check:
             lines.append(f"| {check['case']} | not run: {_in_a_cell(check['not_run'])} | | |")
         else:
             times = [f"{1000 * check[key]:.2f}" for key in ("predicted_sec", "measured_sec")]
             lines.append(f"| {check['case']} | {' | '.join(times)} | {check['error']:+.1%} |")
-    both = found["compare"]
-    lines += [
-        "",
+    return "\n".join(lines)
+
+
+def compare_table(both: dict[str, Any]) -> str:
+    """Return in words how often a change was told."""
+    text = (
         f"`--compare` of two reports of the same code told a change in {both['same_told']} of "
         f"{both['tries']} tries; of code whose steps sleep {both['slower_by']:.0%} longer in "
-        f"{both['slower_told']} of {both['tries']}.",
-    ]
+        f"{both['slower_told']} of {both['tries']}."
+    )
     if "not_run" in both:
-        lines[-1] += f" No more tries: {_in_a_cell(both['not_run'])}."
-    return "\n".join(lines)
+        text += f" No more tries: {_in_a_cell(both['not_run'])}."
+    return text
 
 
 def _in_a_cell(text: str) -> str:

@@ -23,23 +23,17 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from benchmarks.intervals import mean_and_half_width, plus_minus
+from benchmarks.opened import opened
 from dist_train.checkpoint import load_state
 from dist_train.checkpoint_folder import list_checkpoints, name_of, read_verified
 from dist_train.checkpoint_writer import CheckpointWriter
-from dist_train.claim import open_run
 from dist_train.config.compose import compose
-from dist_train.data.feed import Feed
-from dist_train.data.loaders import open_data
 from dist_train.distributed import start_ranks
-from dist_train.metrics import Meter
 from dist_train.models.resnet18 import resnet18_cifar
-from dist_train.order import GlobalOrderSampler
-from dist_train.plan import make_plan
-from dist_train.start import build_parts, throw_away_step
 from dist_train.step import train_step
 
 ROUNDS = 15
-PAIRS, STEPS = 12, 20
+PAIRS, STEPS = 30, 20
 COPY = "a bare copy of the bytes, one thread"
 STALL = "here: what the step waits for"
 WHOLE = "here: the whole save, hashed and synced"
@@ -147,37 +141,23 @@ def saving(folder: Path) -> dict[str, Any]:
 
 def training(folder: Path) -> dict[str, Any]:
     """Return the share of the speed that is left with a save every 20 steps, over pairs."""
-    words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=128"]
+    words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=64"]
     words += ["device=cpu", "precision=bf16", "checkpoint.every_steps=20", "eval.every_epochs=null"]
     config = compose([*words, f"run_dir={folder}/run"]).config
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(start_ranks(config))
-        run = stack.enter_context(open_run(config, ranks))
-        data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
-        parts = build_parts(config, plan, data, run)
-        stack.callback(parts.replica.close)
-        meter = Meter(ranks, plan)
-        progress = run.resume(parts, meter, data.fingerprint())
-        throw_away_step(parts, data, step=0)
-        run.open_writer(stack)
-        sampler = GlobalOrderSampler(
-            data.num_train,
-            global_batch_size=plan.global_batch_size,
-            rank=0,
-            world_size=1,
-            seed=0,
-        )
-        feed = Feed(data.loader, sampler, 10**9)
+        it = stack.enter_context(opened(config, ranks))
+        parts, progress = it.parts, it.progress
+        it.run.open_writer(stack)
 
         def block(*, save: bool) -> float:
             start = time.perf_counter()
             for number in range(STEPS):
-                train_step(parts, feed, step=progress.step)
+                train_step(parts, it.feed, step=progress.step)
                 progress.step += 1
                 if save and number == 0:  # the thread then writes beside the steps that follow
                     parts.drift.check(progress.step)
-                    run.save(parts, progress, meter)
+                    it.run.save(parts, progress, it.meter)
             return time.perf_counter() - start
 
         block(save=True)
@@ -228,7 +208,7 @@ def table(found: dict[str, Any]) -> str:
             *lines,
             "",
             f"Reading, verifying and loading it: {saving['verified_and_loaded_ms']:.0f} ms. "
-            f"Training it (batches of 128, {training['precision']}, {training['step_ms']:.0f} ms a "
+            f"Training it (batches of 64, {training['precision']}, {training['step_ms']:.0f} ms a "
             f"step) with a save every {training['every_steps']} steps runs at {mean:.1f} +- "
             f"{half:.1f} % of the speed without ({training['pairs']} pairs).",
         ]

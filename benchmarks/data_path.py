@@ -20,21 +20,17 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from benchmarks.intervals import mean_and_half_width, plus_minus
-from dist_train.claim import open_run
+from benchmarks.opened import opened
 from dist_train.config import DataConfig
 from dist_train.config.compose import compose
-from dist_train.data.feed import Feed
-from dist_train.data.loaders import open_data
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
 from dist_train.distributed import start_ranks
 from dist_train.order import GlobalOrderSampler
-from dist_train.plan import make_plan
-from dist_train.start import build_parts, throw_away_step
 from dist_train.step import train_step
 
 NUM, BATCH, HOLE = 20_000, 512, 8
-ROUNDS, BLOCK_SEC = 9, 0.7
+ROUNDS, BLOCK_SEC, PAIRS = 20, 1.5, 40
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HOLE_SHARE = (HOLE / 32) ** 2
 
@@ -135,15 +131,8 @@ def training() -> dict[str, Any]:
     words += ["device=cpu", "data.cutout=8", "precision=bf16"]
     with tempfile.TemporaryDirectory() as folder:
         config = compose([*words, f"run_dir={folder}/run"]).config
-        with start_ranks(config) as ranks, open_run(config, ranks) as run:
-            data = open_data(config, ranks)
-            plan = make_plan(config, data.num_train, world_size=ranks.world_size)
-            parts = build_parts(config, plan, data, run)
-            throw_away_step(parts, data, step=0)
-            sampler = GlobalOrderSampler(
-                data.num_train, global_batch_size=128, rank=0, world_size=1, seed=0
-            )
-            feed = Feed(data.loader, sampler, 10**9)
+        with start_ranks(config) as ranks, opened(config, ranks) as it:
+            parts, feed = it.parts, it.feed
             held = feed.take(0)
             step = 0
 
@@ -157,12 +146,13 @@ def training() -> dict[str, Any]:
 
             kinds: list[Callable[[int], Any]] = [feed.take, lambda step: held]
             dice, shares = random.Random(0), []
-            for _ in range(25):
+            for take in kinds:
+                block(take)  # warm
+            for _ in range(PAIRS):
                 sec = {}
                 for number in dice.sample((0, 1), 2):
                     sec[number] = block(kinds[number])
                 shares.append(sec[1] / sec[0])
-            parts.replica.close()
     return {
         "share_of_ready_speed": mean_and_half_width(shares),
         "pairs": len(shares),

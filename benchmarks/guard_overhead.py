@@ -21,15 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.intervals import ROOT, mean_and_half_width
-from dist_train.claim import open_run
+from benchmarks.opened import opened
 from dist_train.config.compose import compose
 from dist_train.data.feed import Feed
-from dist_train.data.loaders import open_data
 from dist_train.distributed import start_ranks
 from dist_train.heartbeat import Pulse
-from dist_train.order import GlobalOrderSampler
-from dist_train.plan import make_plan
-from dist_train.start import build_parts, throw_away_step
 from dist_train.step import train_step
 from dist_train.watchdog import watch
 
@@ -94,21 +90,12 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
     model, batch, steps, pairs = CASES[name]
     words = ["experiment=cifar10_tutorial", "data=synthetic", *model.split(), batch]
     config = compose([*words, f"run_dir={folder}/run", "optim.clip_norm=1", "device=cpu"]).config
-    with start_ranks(config) as ranks, open_run(config, ranks) as run:
-        data = open_data(config, ranks)
-        plan = make_plan(config, data.num_train, world_size=ranks.world_size)
-        with watch(config, ranks, run.path, run.warn):
-            parts = build_parts(config, plan, data, run)
-            throw_away_step(parts, data, step=0)
-            sampler = GlobalOrderSampler(
-                data.num_train,
-                global_batch_size=plan.global_batch_size,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                seed=0,
-            )
-            ratios, sec = _pairs(parts, Feed(data.loader, sampler, 10**9), steps, pairs)
-        parts.replica.close()
+    with (
+        start_ranks(config) as ranks,
+        opened(config, ranks) as it,
+        watch(config, ranks, it.run.path, it.run.warn),
+    ):
+        ratios, sec = _pairs(it.parts, it.feed, steps, pairs)
     if ranks.rank != 0:
         return None
     mean, half = mean_and_half_width(ratios)

@@ -9,6 +9,7 @@ from dist_train.bench.intervals import mean_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides a CPU's speed here
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -28,8 +29,10 @@ def machine() -> dict[str, str]:
 
     from dist_train.run_folder import cpu_name
 
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else ()
     return {
         "cpu": cpu_name(),
+        "with": ", ".join(flag for flag in FLAGS if flag in flags),
         "cores": str(len(os.sched_getaffinity(0))),
         "torch": str(torch.__version__),
         "python": platform.python_version(),

@@ -20,7 +20,11 @@ DAMAGED = "memory of one of them was damaged"
 
 
 class DriftCheck:
-    """Compares parameters, optimizer state and averaged weights of all ranks, tensor by tensor."""
+    """Compares parameters, optimizer state and averaged weights of all ranks, tensor by tensor.
+
+    Frozen parameters, too. No buffers: BatchNorm's statistics are each rank's own, rank 0's are the
+    run's and reach the others before every evaluation; in fixed order each step makes them anew.
+    """
 
     def __init__(
         self,
@@ -99,7 +103,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
     Any single flipped bit changes it: by a power of two, which no 64-bit sum of this length loses.
     """
-    return tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return plain.detach().view(INTEGERS[plain.element_size()]).sum(dtype=torch.int64)
 
 
 def _who(values: tuple[int, ...]) -> str:

@@ -1,7 +1,8 @@
 """Muon: momentum whose updates are made orthogonal; for filters and matrices.
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the iteration is Newton and Schulz's,
-of fifth order, its coefficients theirs: singular values end between 0.7 and 1.2, which is enough.
+of fifth order, its coefficients theirs: after five steps singular values are between 0.7 and 1.2,
+which is enough. Fewer leave the smallest ones smaller.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-STEPS = 5  # of the iteration
 
 
 class Muon(torch.optim.Optimizer):
@@ -25,10 +25,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float) -> None:
-        """Take groups of `params`, `orthogonal`, `momentum`, `nesterov`, `weight_decay`, `unit`.
+        """Take groups of `params`, `orthogonal`, `steps`, `momentum`, `nesterov`, `weight_decay`, `unit`.
 
         Args:
-            groups: with `unit` a filter is brought to the norm sqrt(out) before every update: for
+            groups: `steps` of the iteration; with `unit` a filter is brought to the norm sqrt(out) before every update: for
                 filters that a normalisation follows.
             lr: of groups that name none.
         """
@@ -38,6 +38,7 @@ class Muon(torch.optim.Optimizer):
             "nesterov": True,
             "weight_decay": 0.0,
             "orthogonal": True,
+            "steps": 5,
             "unit": False,
         }
         super().__init__(groups, defaults)
@@ -76,12 +77,12 @@ class Muon(torch.optim.Optimizer):
         for shape in {update.shape for update in updates}:
             at = [n for n, update in enumerate(updates) if update.shape == shape]
             stack = torch.stack([updates[n].flatten(1) for n in at])
-            made = orthogonal(stack).to(params[at[0]].dtype)
+            made = orthogonal(stack, group["steps"]).to(params[at[0]].dtype)
             for n, update in zip(at, made, strict=True):
                 params[n].add_(update.view(shape), alpha=-lr)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor, steps: int) -> Tensor:
     """Return (k, rows, columns) bfloat16, close to U V^T of each matrix's U S V^T."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
@@ -89,7 +90,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(STEPS):
+    for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x

@@ -126,6 +126,7 @@ def _muon(model: nn.Module, config: OptimConfig) -> Muon:
         {
             "params": filters,
             "orthogonal": True,
+            "steps": config.orthogonal_steps,
             "momentum": config.momentum,
             "nesterov": config.nesterov,
             "unit": config.unit_filters,

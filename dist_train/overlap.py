@@ -20,7 +20,7 @@ from dist_train.distributed import Ranks
 
 # (torch release, backend) on which tests/test_step_failures.py passes. Elsewhere a rank that fails
 # in a step ends the run, and the launcher restarts it.
-TESTED = {("2.11", "gloo"), ("2.15", "gloo")}
+TESTED = {("2.11", "gloo"), ("2.14", "gloo"), ("2.15", "gloo")}
 
 
 def is_tested(ranks: Ranks) -> bool:

@@ -101,8 +101,7 @@ class Recovery:
         )
         out_of_reach = not self._replica.recoverable or self._replica.gradients.all_sent
         if of_group or out_of_reach or any(word in text for word in STICKY):
-            if is_out_of_memory(error) and self._replica.form != "fixed":
-                self._remember((self._largest() + 1) // 2)
+            self.remember_shortage(error)
             raise error
         kind = "mistake" if isinstance(error, ConfigError) else "error"
         if is_out_of_memory(error):
@@ -116,6 +115,14 @@ class Recovery:
         )
         error.__traceback__ = None  # its frames hold the activations
         return failure
+
+    def remember_shortage(self, error: Exception) -> None:
+        """Let a restart begin with half the micro-batch, if an error that ends this is of memory.
+
+        In fixed order a shard is what is computed at once, and a restart cannot cut it.
+        """
+        if is_out_of_memory(error) and self._replica.form != "fixed":
+            self._remember((self._largest() + 1) // 2)
 
     def decide(self, grad_norm: Tensor, failure: Failure | None, step: int) -> Verdict:
         """Say what to do with the step: the same on all ranks. Collective if anything is wrong.
@@ -132,7 +139,10 @@ class Recovery:
             grad_norm = torch.full_like(grad_norm, torch.nan)
         verdict: Verdict = "apply"
         for at, finite in self._guard.read(grad_norm, step):
-            verdict = "apply" if finite else self._agree(at, current=at == step)
+            if finite:
+                verdict, self._repeated = "apply", -1
+            else:
+                verdict = self._agree(at, current=at == step)
         return "apply" if self._config.guards.lag else verdict
 
     def fail(self, failure: Failure | None, doing: str) -> NoReturn:
@@ -161,6 +171,7 @@ class Recovery:
             StepFailedError, ConfigError: it failed for good on some rank.
         """
         if not self._replica.ranks.any(failure is not None):
+            self._repeated = -1
             return False
         if failure is not None:
             self._failures[step] = failure
@@ -196,6 +207,7 @@ class Recovery:
             raise _failed(worst, f"rank {worst.rank} failed at step {step}: {worst.text}")
         if found:
             return self._repeat_smaller(found, step, current=current)
+        self._repeated = -1
         self.events.append(
             {"event": "skipped_step", "step": step, "reason": "gradient norm is not finite"}
         )
@@ -217,6 +229,9 @@ class Recovery:
         }
         if self._replica.form == "fixed":
             shards = self._config.train.num_shards
+            if not current:
+                cure = "with guards.lag=1, where a step cannot be repeated: set guards.lag=0"
+                raise _failed(first, f"{where}, {cure} ({first.text})")
             if self._repeated == step:
                 raise _failed(
                     first,

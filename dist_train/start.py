@@ -67,7 +67,6 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         scaler.scale(torch.zeros((), device=ranks.device))  # makes its tensors now
     ema = None if config.optim.ema_decay is None else Ema(replica.module, config.optim.ema_decay)
     guard = NonFiniteGuard(replica.buffers, optimizer, scaler, config.guards, ranks.device)
-    named = [(n, p) for n, p in replica.module.named_parameters() if p.requires_grad]
     return Parts(
         config=config,
         plan=plan,
@@ -80,7 +79,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         recovery=Recovery(config, replica, guard, remember=run.chain.remember_micro_batch),
         drift=DriftCheck(
             ranks,
-            named,
+            list(replica.module.named_parameters()),
             optimizer,
             ema,
             every=config.guards.drift_every,

@@ -55,12 +55,16 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> l
             scaler.update(scaler.get_scale())  # being short of memory says nothing about the scale
     pulse.at("optimizer", step)
     if verdict == "apply":
-        if scaler is None:
-            parts.take_step()
-        else:
-            scaler.step(optimizer)
-        if parts.ema is not None:
-            parts.ema.update(step, keep=parts.guard.skip_flag)
+        try:
+            if scaler is None:
+                parts.take_step()
+            else:
+                scaler.step(optimizer)
+            if parts.ema is not None:
+                parts.ema.update(step, keep=parts.guard.skip_flag)
+        except Exception as error:  # half a step cannot be taken back: this ends the attempt
+            recovery.remember_shortage(error)
+            raise
     parts.guard.after_step()
     return outcomes
 

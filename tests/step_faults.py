@@ -19,6 +19,7 @@ PLACES = (
     "backward",
     "after the last gradient",
     "before the all-reduce",  # overlap: too late, and out of reach
+    "optimizer",  # out of reach in every form
 )
 KINDS = ("memory", "real memory", "error", "nan", "inf")
 
@@ -32,7 +33,7 @@ class StepFault:
     place: str = "forward"  # one of PLACES, or "bucket K"
     kind: str = "memory"
     layer: int = 3  # of the network's sequence, for forward and backward
-    piece: int = 0  # which micro-batch
+    piece: int = 0  # which micro-batch; of no meaning to "copy" and "optimizer"
     times: int = 1
     above: int = 0  # only for pieces of more samples than this: a shortage that ends
 
@@ -136,6 +137,14 @@ def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
                 parts = real(*args, **kwargs)
                 instrument(parts.replica.module)
                 wrap(parts.replica.gradients, "begin", beginning)
+                take_step = parts.take_step
+
+                def stepped() -> None:
+                    clock.piece = 0
+                    fire("optimizer", None)
+                    take_step()
+
+                parts.take_step = stepped
                 return parts
 
             return build_parts

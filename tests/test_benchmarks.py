@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_truth, checkpoint_cost, scaling
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import bench_truth, checkpoint_cost, scaling, speedrun
 from benchmarks.__main__ import MEASURED
 from benchmarks.intervals import RESULTS
 from benchmarks.reliability.cable import Cable, why_no_cable
@@ -19,7 +20,7 @@ from tests.test_bench import measured_setups
 CHECK = {"predicted_sec": 0.02, "measured_sec": 0.021, "error": -0.048}
 LINE = {"changed": True, "change": 0.05}
 PART = {name: 0.001 for name in scaling.PARTS}
-FOUND: dict[str, dict[str, Any]] = {
+FOUND: dict[str, Any] = {
     "data_path": {
         "loading": {"here": {"images_per_sec_and_core": [146300, 16300], "times_pil": [56.6, 6.9]}},
         "training": {"share_of_ready_speed": [0.994, 0.023], "pairs": 25, "precision": "bf16"},
@@ -61,21 +62,30 @@ FOUND: dict[str, dict[str, Any]] = {
         ],
         "scale": {"checked": [{"num_ranks": 2, "batch_size": 128, "error": 0.005}]},
     },
-    "truth": {
-        "causes": [
-            {"fault": "data 0.005", "wanted": "data", "named": "data", "text": "Steps wait."},
-            {"fault": "slow 1.5", "wanted": "waiting", "named": "host", "text": "Python."},
-            {"fault": "link 0.005", "not_run": "needs root"},
-        ],
-        "scale": [{"case": "4 ranks that sleep"} | CHECK, {"case": "x", "not_run": "needs root"}],
-        "compare": {
-            "tries": 10,
-            "slower_by": 0.05,
-            "same": [LINE],
-            "slower": [LINE],
-            "same_told": 1,
-            "slower_told": 9,
-        },
+    "fixed_order": {
+        "cases": [
+            {
+                "case": "a net",
+                "precision": "bf16",
+                "fast_ms": 88.2,
+                "times": [1.31, 0.02],
+                "pairs": 20,
+            }
+        ]
+    },
+    "causes": [
+        {"fault": "data 0.005", "wanted": "data", "named": "data", "text": "Steps wait."},
+        {"fault": "slow 1.5", "wanted": "waiting", "named": "host", "text": "Python."},
+        {"fault": "link 0.005", "not_run": "needs root"},
+    ],
+    "predictions": [{"case": "4 ranks that sleep"} | CHECK, {"case": "x", "not_run": "needs root"}],
+    "compare": {
+        "tries": 10,
+        "slower_by": 0.05,
+        "same": [LINE],
+        "slower": [LINE],
+        "same_told": 1,
+        "slower_told": 9,
     },
 }
 SHOWN = {
@@ -83,13 +93,16 @@ SHOWN = {
     "guards": ("| a net | 30.1 | +0.20 +- 1.00 % | 4 |",),
     "checkpoint": ("90 MB", "1.13 +- 0.04", "99.1 +- 0.4 %"),
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
-    "truth": ("| data | Steps", "**wanted waiting**", "not run: needs root", "-4.8%", "in 9 of 10"),
+    "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),
+    "causes": ("| data | Steps", "**wanted waiting**", "not run: needs root"),
+    "predictions": ("-4.8%", "not run: needs root"),
+    "compare": ("in 9 of 10",),
 }
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_table_says_what_was_found(name: str) -> None:
-    text = MEASURED[name].table(FOUND[name])
+    text = MEASURED[name][1](FOUND[name])
     assert text.isascii()
     for words in SHOWN[name]:
         assert words in text, text
@@ -125,21 +138,52 @@ def test_what_could_be_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(bench_truth, "here", here)
     monkeypatch.setattr(bench_truth, "why_no_cable", lambda: "needs root")
     monkeypatch.setattr(bench_truth.main, "main", lambda words: 1)
-    found = bench_truth.measure()
-    assert [case.get("not_run") for case in found["causes"]] == [
+    named = bench_truth.causes()
+    assert [case.get("not_run") for case in named] == [
         None,
         "rank 1 failed:\nOSError | no",
         "needs root",
     ]
-    assert [case.get("not_run", "")[:13] for case in found["scale"]] == [
+    assert [case.get("not_run", "")[:13] for case in bench_truth.scale()] == [
         *["needs root"] * 3,
         "",
         "no prediction",
     ]
-    assert found["compare"]["tries"] == 0
-    text = bench_truth.table(found)
-    assert "| slow 1.5 | not run: rank 1 failed: OSError / no | |" in text
-    assert "No more tries: dist-train bench failed (exit code 1) in 0." in text
+    compared = bench_truth.compare()
+    assert compared["tries"] == 0
+    told = "| slow 1.5 | not run: rank 1 failed: OSError / no | |"
+    assert told in bench_truth.causes_table(named)
+    told = "No more tries: dist-train bench failed (exit code 1) in 0."
+    assert told in bench_truth.compare_table(compared)
+
+
+def test_a_measurement_that_fails_is_told_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Any:
+        raise ZeroDivisionError("no rounds")
+
+    monkeypatch.setattr(benchmarks_main, "FOLDER", tmp_path)
+    monkeypatch.setitem(MEASURED, "guards", (broken, MEASURED["guards"][1]))
+    monkeypatch.setitem(MEASURED, "compare", (lambda: FOUND["compare"], MEASURED["compare"][1]))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "run", "guards", "compare"])
+    assert benchmarks_main.main() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
+    told = capsys.readouterr()
+    assert "failed: guards" in told.err
+    assert "ZeroDivisionError: no rounds" in told.err
+    assert "in 9 of 10" in told.out
+
+
+def test_the_speed_runs_figures_are_means_with_intervals(tmp_path: Path) -> None:
+    runs = [
+        {key: value for key in speedrun.SHOWN} | {"eval_views_accuracy": None} for value in (1, 2)
+    ]
+    found = speedrun.result_of(runs, ["train.epochs=1"])
+    assert "eval_views_accuracy" not in found["means"], "eval.views=1 has none"
+    mean, half = found["means"]["record_sec"]
+    assert mean == 1.5
+    assert half == pytest.approx(12.706 * 0.5, rel=1e-3), "Student's t of two values"
 
 
 def test_a_cable_survives_a_device_that_takes_no_packet() -> None:

@@ -57,6 +57,52 @@ def test_the_same_bits_on_any_number_of_ranks(
             assert mine[1] == pytest.approx(theirs[1], rel=1e-12), "a sum in the log, regrouped"
 
 
+RESNET9 = (
+    "model.factory=dist_train.models:resnet9",
+    "model.args.width=8",
+    "data.args.num_train=512",
+    "data.args.image_size=32",
+    "data.crop_padding=4",
+    "train.global_batch_size=64",
+    "train.order=fixed",
+    "train.num_shards=8",
+    "train.steps=8",
+    "checkpoint.every_steps=3",
+)
+
+
+@pytest.mark.exhaustive
+def test_resnet9_has_the_same_bits_on_1_to_8_ranks_after_a_kill_and_short_of_memory(
+    tmp_path: Path,
+) -> None:
+    hashes = {
+        world_size: one_sha(
+            run_ranks(train_with, world_size, small(tmp_path / f"{world_size}", *RESNET9), None)
+        )
+        for world_size in (1, 2, 4, 8)
+    }
+    assert len(set(hashes.values())) == 1, hashes
+    mark, config = tmp_path / "mark", small(tmp_path / "killed", *RESNET9)
+    fault = Fault(rank=2, step=5, place="before the step", mark=str(mark))
+    start_ranks_of(train_with, 4, config, fault)
+    assert mark.exists(), "the fault never fired"
+    assert one_sha(run_ranks(train_with, 2, config, None)) == hashes[1]
+    short = StepFault(ranks=(1,), step=4, place="before the backward", piece=1)
+    found = run_ranks(with_faults, 2, small(tmp_path / "short", *RESNET9), (short,))
+    assert [fired for _, fired in found] == [0, 1]
+    assert found[0][0]["weights_sha256"] == hashes[1]
+
+
+def test_it_is_the_same_training_as_in_fast_order(tmp_path: Path) -> None:
+    plain = (*FIXED, "model.factory=tests.nets:plain_net", "data.mixup=0")
+    losses = []
+    for order in ("fixed", "fast"):
+        run = tmp_path / order
+        run_ranks(train_with, 2, small(run, *plain, f"train.order={order}"), None)
+        losses.append([m["train/loss"] for m in metrics(run) if "train/loss" in m])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "without BatchNorm and dropout"
+
+
 def test_fast_order_does_not_promise_it(reference: tuple[str, list[Any]], tmp_path: Path) -> None:
     found = run_ranks(train_with, 2, small(tmp_path, *FIXED, "train.order=fast"), None)
     assert one_sha(found) != reference[0], "the test cannot tell one order from another"
@@ -100,6 +146,24 @@ def test_short_of_memory_twice_in_a_step_ends_all_and_names_the_shards(tmp_path:
     [text] = {str(o.error) for o in outcomes}
     assert "rank 1 ran out of memory at step 6, also in the second try" in text
     assert "raise train.num_shards (= 4)" in text
+
+
+def test_a_shortage_in_the_trial_step_does_not_count_as_the_first_steps_own(
+    reference: tuple[str, list[Any]], tmp_path: Path
+) -> None:
+    faults = (StepFault(ranks=(1,), step=-1), StepFault(ranks=(1,), step=0))  # -1: the trial
+    found = run_ranks(with_faults, 2, small(tmp_path, *FIXED), faults)
+    assert [fired for _, fired in found] == [0, 2]
+    assert found[0][0]["weights_sha256"] == reference[0]
+
+
+def test_a_shortage_that_is_read_a_step_late_ends_all_with_a_cure(tmp_path: Path) -> None:
+    fault = StepFault(ranks=(1,), step=6, place="backward")
+    config = small(tmp_path, *FIXED, "guards.lag=1")
+    outcomes = start_ranks_of(with_faults, 2, config, (fault,))
+    [text] = {str(o.error) for o in outcomes}
+    assert "rank 1 ran out of memory at step 6, with guards.lag=1" in text
+    assert "set guards.lag=0" in text
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
@@ -156,6 +220,40 @@ def tree_of(values: torch.Tensor, world_size: int) -> torch.Tensor:
         tree.reduce(poison=False)
         assert param.grad is not None
         return param.grad.clone()
+
+
+def statistics_of(pictures: torch.Tensor, num_shards: int) -> torch.Tensor:
+    """Return the running mean that a step in fixed order leaves, one rank's part at a time."""
+    import os
+
+    from dist_train.distributed import start_ranks
+    from dist_train.gradients import Buffers
+
+    norm = torch.nn.BatchNorm1d(pictures.shape[1])
+    norm.running_mean.fill_(1.0)  # type: ignore[union-attr] # it has one
+    with start_ranks(small("unused")) as ranks:
+        buffers = Buffers(norm)
+        tree = TreeGradients(list(norm.parameters()), ranks, buffers, num_shards)
+        buffers.remember()
+        tree.begin()
+        each = num_shards // ranks.world_size
+        mine = pictures.chunk(num_shards)[int(os.environ["RANK"]) * each :][:each]
+        for shard in mine:
+            with tree.piece(last=False):
+                norm(shard).square().sum().backward()
+        tree.reduce(poison=False)
+        assert norm.num_batches_tracked == 1, "it counts steps"
+        return torch.cat([norm.running_mean, norm.running_var])  # type: ignore[list-item] # as above
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_running_statistics_are_the_mean_over_the_shards(world_size: int) -> None:
+    pictures = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)) + 3
+    shards_of = pictures.chunk(4)
+    mean = torch.stack([0.9 * 1.0 + 0.1 * s.mean(0) for s in shards_of]).mean(0)
+    var = torch.stack([0.9 * 1.0 + 0.1 * s.var(0) for s in shards_of]).mean(0)
+    for found in run_ranks(statistics_of, world_size, pictures, 4):
+        torch.testing.assert_close(found, torch.cat([mean, var]), rtol=1e-5, atol=1e-6)
 
 
 def test_the_sum_is_that_of_one_binary_tree() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
-from dist_train.muon import COEFFICIENTS, STEPS, Muon, orthogonal
+from dist_train.muon import COEFFICIENTS, Muon, orthogonal
 from dist_train.optim import build_optimizer, set_learning_rate
 
 
@@ -21,7 +21,7 @@ def net() -> nn.Sequential:
 @pytest.mark.parametrize("shape", [(4, 16, 100), (2, 100, 16), (1, 8, 8)])
 def test_updates_are_nearly_orthogonal(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    made = orthogonal(torch.randn(shape)).float()
+    made = orthogonal(torch.randn(shape), 5).float()
     assert made.shape == shape
     values = torch.linalg.svdvals(made)
     assert values.min() > 0.4
@@ -35,12 +35,13 @@ def test_updates_are_nearly_orthogonal(shape: tuple[int, int, int]) -> None:
         assert cosine > 0.9
 
 
-def test_a_step_is_that_of_its_definition() -> None:
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_step_is_that_of_its_definition(steps: int) -> None:
     torch.manual_seed(1)
     weight = nn.Parameter(torch.randn(6, 2, 3, 3))
     bias = nn.Parameter(torch.randn(6))
     groups = [
-        {"params": [weight], "orthogonal": True, "momentum": 0.6, "unit": True},
+        {"params": [weight], "orthogonal": True, "steps": steps, "momentum": 0.6, "unit": True},
         {"params": [bias], "orthogonal": False, "momentum": 0.8, "weight_decay": 0.01},
     ]
     optimizer = Muon(groups, lr=0.1)
@@ -53,7 +54,7 @@ def test_a_step_is_that_of_its_definition() -> None:
         x = update.flatten(1).bfloat16()
         x = x / (x.norm() + 1e-7)
         a, b, c = COEFFICIENTS
-        for _ in range(STEPS):
+        for _ in range(steps):
             square = x @ x.T
             x = a * x + (b * square + c * square @ square) @ x
         expected_w *= 6**0.5 / expected_w.norm()
@@ -77,6 +78,8 @@ def test_filters_are_orthogonalised_and_the_head_is_not() -> None:
     assert (rest["weight_decay"], kept["weight_decay"]) == (config.weight_decay, 0.0)
     decayed = build_optimizer(model, replace(config, decay_norms_and_biases=True)).param_groups
     assert [tuple(p.shape) for p in decayed[1]["params"]] == [(8,), (8,), (5, 32), (5,)]
+    fewer = build_optimizer(model, replace(config, orthogonal_steps=3)).param_groups
+    assert (filters["steps"], fewer[0]["steps"]) == (5, 3)
     set_learning_rate(optimizer, 0.1)
     assert filters["lr"] == 0.1
     assert rest["lr"] == pytest.approx(0.025)

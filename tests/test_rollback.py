@@ -16,6 +16,7 @@ from dist_train.checkpoint_folder import list_checkpoints, read_verified
 from dist_train.config import Config
 from dist_train.drift import fingerprint
 from dist_train.metrics import LossWatch
+from tests.nets import noisy_net
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import metrics, small
 
@@ -282,6 +283,21 @@ def test_a_flipped_bit_in_a_replica_is_found_named_and_healed(
     assert (back[0]["step"], back[0]["generation"]) == (10, 0)
 
 
+def frozen_net(num_classes: int) -> nn.Module:
+    """noisy_net whose first layer is not trained."""
+    net = noisy_net(num_classes)
+    net[0].requires_grad_(False)  # type: ignore[index] # it is a sequence
+    return net
+
+
+def test_a_flipped_bit_in_a_frozen_parameter_is_found_too(tmp_path: Path) -> None:
+    config = small(tmp_path, *SETTINGS, "model.factory=tests.test_rollback:frozen_net")
+    run_ranks(trained, 3, config, {13: Flip("parameter", "0.weight", 20)}, 1)
+    [back] = events(tmp_path, "rolled_back")
+    assert "copies of 0.weight" in back["reason"]
+    assert "rank 1 against 2 others" in back["reason"]
+
+
 def test_two_ranks_cannot_say_which_of_them_is_wrong(tmp_path: Path) -> None:
     run_ranks(trained, 2, small(tmp_path, *SETTINGS), {13: Flip("parameter", "11.weight", 3)}, 1)
     [back] = events(tmp_path, "rolled_back")
@@ -307,6 +323,13 @@ def always_flipped(config: Config) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)
         return loop.train(config)
+
+
+def test_the_imaginary_part_belongs_to_the_fingerprint() -> None:
+    tensor = torch.zeros(3, dtype=torch.complex64)
+    before = fingerprint(tensor).item()
+    tensor[1] = 1j
+    assert fingerprint(tensor).item() != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])

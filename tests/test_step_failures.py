@@ -19,6 +19,7 @@ from tests.settings import metrics, small
 from tests.step_faults import StepFault, faulty
 
 NUM_STEPS = 4
+TRIAL = -1  # the throw-away step before the first, as a fault counts
 SETTINGS = (
     "model.factory=tests.nets:noisy_net",
     f"train.steps={NUM_STEPS}",
@@ -37,19 +38,25 @@ class Ended:
     """What a rank is left with."""
 
     weights: Weights
+    params: list[str]  # which of the weights are parameters; the others are buffers
     fired: int
+    positions: dict[int, list[int]]  # of the global batch, forwarded here by each step's last try
     samples_seen: int
     sizes: list[int | None]  # the micro-batch in force at each step
 
 
 def follow(config: Config, faults: tuple[StepFault, ...], plan: dict[int, Any]) -> Ended:
     """Train with faults; or without them by a plan: {step: micro-batch, or "skip"}."""
+    from dist_train import step as step_module
     from dist_train import train as loop
 
     kept: dict[str, Any] = {}
+    params: list[str] = []
+    positions: dict[int, list[int]] = {}
     sizes: list[int | None] = []
     with faulty(faults) as clock, pytest.MonkeyPatch.context() as patch:
         step_taken, evaluation, decide = loop.train_step, loop._final_evaluation, Recovery.decide
+        accumulate, forward = step_module._accumulate, step_module._forward
 
         def train_step(parts: Any, feed: Any, *, step: int, generation: int) -> Any:
             if isinstance(plan.get(step), int):
@@ -63,16 +70,30 @@ def follow(config: Config, faults: tuple[StepFault, ...], plan: dict[int, Any]) 
                 self, norm * torch.nan if plan.get(step) == "skip" else norm, failure, step
             )
 
+        def accumulated(parts: Any, batch: Any, *args: Any, step: int, generation: int) -> None:
+            positions[step] = []
+            accumulate(parts, batch, *args, step=step, generation=generation)
+
+        def forwarded(parts: Any, part: Any, *, step: int, bare: bool = False, **more: Any) -> Any:
+            if not bare:  # to find what made a NaN
+                positions[step] += range(part.first_position, part.first_position + len(part))
+            return forward(parts, part, step=step, bare=bare, **more)
+
         def final(parts: Any, *args: Any) -> Any:
             kept.update({k: v.clone() for k, v in parts.replica.module.state_dict().items()})
+            params.extend(name for name, _ in parts.replica.module.named_parameters())
             return evaluation(parts, *args)
 
         patch.setattr(loop, "train_step", train_step)
+        patch.setattr(step_module, "_accumulate", accumulated)
+        patch.setattr(step_module, "_forward", forwarded)
         patch.setattr(Recovery, "decide", decided)
         patch.setattr(loop, "_final_evaluation", final)
         summary = loop.train(config)
     return Ended(
         weights=kept,
+        params=params,
+        positions=positions,
         fired=sum(clock.fired.values()),
         samples_seen=summary["samples_seen"],
         sizes=sizes,
@@ -99,10 +120,15 @@ def memory_faults(world_size: int, sync: str) -> Iterator[tuple[str, tuple[StepF
             for layer in (0, 5, 11):
                 fault = StepFault(ranks=(last,), step=step, place=place, layer=layer)
                 yield f"{place} {layer}, step {step}", (fault,)
-    if sync == "overlap":
+    for step in (0, 1, 2) if sync == "overlap" else ():
         for bucket in range(4):
-            fault = StepFault(ranks=(last,), step=2, place=f"bucket {bucket}")
-            yield f"before bucket {bucket}", (fault,)
+            fault = StepFault(ranks=(last,), step=step, place=f"bucket {bucket}")
+            yield f"before bucket {bucket}, step {step}", (fault,)
+    for place in ("forward", "backward"):
+        fault = StepFault(ranks=(last,), step=TRIAL, place=place, layer=5)
+        yield f"{place} 5 of the trial step", (fault,)
+    if sync == "overlap":
+        yield "rank 0 before bucket 2", (StepFault(ranks=(0,), step=1, place="bucket 2"),)
     yield "rank 0", (StepFault(ranks=(0,), step=1, place="backward"),)
     both = (
         StepFault(ranks=(0,), step=1, place="forward"),
@@ -115,15 +141,39 @@ def memory_faults(world_size: int, sync: str) -> Iterator[tuple[str, tuple[StepF
     yield "until two at a time", (short,)
     two = tuple(StepFault(ranks=(last,), step=s, place="forward") for s in (1, 2))
     yield "two steps", two
-    yield "really short", (StepFault(ranks=(last,), step=1, place="backward", kind="real memory"),)
+    for step in (0, 1, 2):
+        for place in ("forward", "backward"):
+            really = StepFault(
+                ranks=(last,), step=step, place=place, kind="real memory", times=99, above=2
+            )
+            yield f"really short in the {place}, step {step}", (really,)
 
 
-def accumulated(world_size: int) -> Iterator[tuple[str, tuple[StepFault, ...]]]:
+def accumulated(world_size: int, sync: str) -> Iterator[tuple[str, tuple[StepFault, ...]]]:
+    """Yield the same with four micro-batches a step, of which one fails."""
     last = world_size - 1
-    for piece in (0, 1, 3):
-        for place in ("forward", "before the backward", "backward"):
-            fault = StepFault(ranks=(last,), step=1, place=place, piece=piece)
-            yield f"{place}, piece {piece} of 4", (fault,)
+    for step in (0, 1, 2):
+        for piece in (0, 1, 3):
+            for place in ("forward", "before the backward", "backward"):
+                fault = StepFault(ranks=(last,), step=step, place=place, piece=piece)
+                yield f"{place}, piece {piece} of 4, step {step}", (fault,)
+        late = ("after the last gradient",)
+        late += tuple(f"bucket {k}" for k in range(4)) if sync == "overlap" else ()
+        for place in late:
+            fault = StepFault(ranks=(last,), step=step, place=place, piece=3)
+            yield f"{place}, piece 3 of 4, step {step}", (fault,)
+
+
+def not_finite(world_size: int) -> Iterator[tuple[str, tuple[StepFault, ...]]]:
+    """Yield the scenarios in which one rank's numbers are not finite, and the step is skipped."""
+    last = world_size - 1
+    for kind in ("nan", "inf"):
+        for step in (0, 1, 2):
+            for place, layer in (("forward", 0), ("forward", 11), ("backward", 0), ("backward", 5)):
+                fault = StepFault(ranks=(last,), step=step, place=place, layer=layer, kind=kind)
+                yield f"{kind}, {place} {layer}, step {step}", (fault,)
+    yield "nan, rank 0", (StepFault(ranks=(0,), step=1, kind="nan"),)
+    yield "nan, all ranks", (StepFault(ranks=tuple(range(world_size)), step=1, kind="nan"),)
 
 
 def check_all(
@@ -144,10 +194,11 @@ def check_all(
     outcomes = start_ranks_of(follow_all, world_size, jobs, env=ports, timeout_sec=400)
     assert not [o.trace for o in outcomes if o.error or o.exit_code]
     found = [o.value for o in outcomes]
-    plans = []
-    for i in range(len(scenarios)):
+    plans: list[dict[int, Any]] = []
+    for i, (_, faults) in enumerate(scenarios):
         sizes = found[0][i].sizes
-        plans.append({s: size for s, size in enumerate(sizes) if size is not None})
+        plan: dict[int, Any] = {s: size for s, size in enumerate(sizes) if size is not None}
+        plans.append(plan | {f.step: "skip" for f in faults if f.kind in ("nan", "inf")})
     ports = {"TEST_PORTS": ",".join(str(free_port()) for _ in scenarios)}
     twins = [
         (small(tmp_path / f"clean{i}", *SETTINGS, *options), (), plan)
@@ -157,23 +208,52 @@ def check_all(
     assert not [o.trace for o in outcomes if o.error or o.exit_code]
     clean = [o.value for o in outcomes]
     for i, (name, faults) in enumerate(scenarios):
-        expected = sum(len(f.ranks) for f in faults)
-        assert sum(rank[i].fired for rank in found) >= expected, f"{name}: a fault never fired"
-        for rank, (mine, twin) in enumerate(zip(found, clean, strict=True)):
-            assert mine[i].sizes == found[0][i].sizes, f"{name}: rank {rank} used other pieces"
-            assert mine[i].samples_seen == NUM_STEPS * 24, name
-            for key, value in mine[i].weights.items():
-                same = torch.equal(value, twin[i].weights[key])
-                assert same, f"{name}: {key} of rank {rank} is not that of a clean run"
-        lines = [
-            [m.get("train/loss") for m in metrics(tmp_path / f"{k}{i}")] for k in ("fault", "clean")
-        ]
-        assert lines[0] == lines[1], f"{name}: the losses differ"
-        events = _events(tmp_path / f"fault{i}")
-        told = [e for e in events if e["event"] == "out_of_memory"]
-        assert told, name
-        assert told[0]["step"] == faults[0].step, name
-        assert set(told[0]["ranks"]) <= {rank for f in faults for rank in f.ranks}, name
+        _check_scenario(name, faults, [r[i] for r in found], [r[i] for r in clean])
+        _check_records(name, faults, tmp_path / f"fault{i}", tmp_path / f"clean{i}")
+
+
+def _check_scenario(
+    name: str, faults: tuple[StepFault, ...], ranks: list[Ended], twins: list[Ended]
+) -> None:
+    """Compare what each rank is left with, with the other ranks' and with its clean twin's."""
+    for rank, (mine, twin) in enumerate(zip(ranks, twins, strict=True)):
+        due = sum(f.times if not f.above else 2 for f in faults if rank in f.ranks)
+        assert mine.fired >= due, f"{name}: on rank {rank} a fault fired {mine.fired} of {due} times"
+        assert mine.sizes == ranks[0].sizes, f"{name}: rank {rank} used other pieces"
+        assert mine.samples_seen == NUM_STEPS * 24, name
+        for key, value in mine.weights.items():
+            same = torch.equal(value, twin.weights[key])
+            assert same, f"{name}: {key} of rank {rank} is not that of a clean run"
+        for key in mine.params:
+            same = torch.equal(mine.weights[key], ranks[0].weights[key])
+            assert same, f"{name}: {key} differs between ranks 0 and {rank}"
+    for fault in faults:
+        assert not fault.above or ranks[0].sizes[-1] == fault.above, f"{name}: {ranks[0].sizes}"
+    for step in range(NUM_STEPS):
+        forwarded = sorted(place for rank in ranks for place in rank.positions[step])
+        assert forwarded == list(range(24)), f"{name}: not every sample of step {step} once"
+
+
+def _check_records(name: str, faults: tuple[StepFault, ...], run: Path, twin: Path) -> None:
+    """Compare the losses, and look at the events."""
+    skipped = {f.step + 1 for f in faults if f.kind in ("nan", "inf")}  # their losses are not finite
+    mine, theirs = (
+        [m.get("train/loss") for m in metrics(folder) if m["step"] not in skipped]
+        for folder in (run, twin)
+    )
+    assert mine == theirs, f"{name}: the losses differ"
+    kind = "skipped_step" if skipped else "out_of_memory"
+    told = [e for e in _events(run) if e["event"] == kind]
+    assert told, name
+    assert told[0]["step"] == max(0, faults[0].step), name
+    if skipped:
+        assert len(told) == len(skipped), name
+        [blamed] = {e["step"]: e for e in _events(run) if e["event"] == "not_finite"}.values()
+        assert blamed["step"] == faults[0].step, name
+        return
+    assert set(told[0]["ranks"]) <= {rank for f in faults for rank in f.ranks}, name
+    assert all(e["to"] == (e["from"] + 1) // 2 for e in told), name
+    assert all("GiB" in e["memory"] for e in told), name
 
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:
@@ -202,13 +282,22 @@ def test_short_of_memory_anywhere_in_a_step(sync: str, world_size: int, tmp_path
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_short_of_memory_while_accumulating(sync: str, world_size: int, tmp_path: Path) -> None:
     options = (f"parallel.sync={sync}", f"train.micro_batch_size={24 // world_size // 4}")
-    check_all(tmp_path, world_size, list(accumulated(world_size)), *options)
+    check_all(tmp_path, world_size, list(accumulated(world_size, sync)), *options)
 
 
 @pytest.mark.exhaustive
-def test_short_of_memory_with_unused_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_short_of_memory_with_unused_parameters(world_size: int, tmp_path: Path) -> None:
     options = ("parallel.sync=overlap", "parallel.find_unused_parameters=true")
-    check_all(tmp_path, 2, list(memory_faults(2, "overlap")), *options)
+    options = (*options, "model.factory=tests.nets:unused_net")
+    check_all(tmp_path, world_size, list(memory_faults(world_size, "overlap")), *options)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_not_finite_anywhere_in_a_step(sync: str, world_size: int, tmp_path: Path) -> None:
+    check_all(tmp_path, world_size, list(not_finite(world_size)), f"parallel.sync={sync}")
 
 
 @pytest.mark.slow
@@ -256,6 +345,22 @@ def test_a_rank_short_of_memory_with_one_sample_ends_all_with_a_cure(tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_shortage_in_the_optimizer_ends_all_and_the_restart_uses_smaller_pieces(
+    tmp_path: Path,
+) -> None:
+    fault = StepFault(ranks=(1,), step=2, place="optimizer")
+    config, chain = small(tmp_path, *SETTINGS), {"DIST_TRAIN_CHAIN": "one start"}
+    outcomes = start_ranks_of(follow, 2, config, (fault,), {}, env=chain)
+    told = "rank 1 failed at step 2: OutOfMemoryError: CUDA out of memory (injected)"
+    assert str(outcomes[0].error) == told, outcomes[0].trace
+    assert isinstance(outcomes[1].error, torch.OutOfMemoryError)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    restarted = chain | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    outcomes = start_ranks_of(follow, 2, config, (), {}, env=restarted)
+    assert [o.value.sizes for o in outcomes] == [[6] * NUM_STEPS] * 2, outcomes[0].trace
+
+
+@pytest.mark.slow
 def test_the_smaller_micro_batch_survives_a_resume_unless_another_is_asked_for(
     tmp_path: Path,
 ) -> None:
@@ -276,6 +381,19 @@ def at_once(_self: Any, work: Callable[[], None]) -> None:
     work()
 
 
+REPEAT, GIVE_UP = Recovery._repeat_smaller, BucketGradients.give_up
+
+
+def skip_on_rank_1(self: Recovery, *args: Any, **kwargs: Any) -> str:
+    verdict = REPEAT(self, *args, **kwargs)
+    return "skip" if os.environ["RANK"] == "1" else verdict
+
+
+def give_up_on_rank_0(self: BucketGradients) -> None:
+    if os.environ["RANK"] == "0":
+        GIVE_UP(self)
+
+
 DEFECTS = {
     "does not poison": ("dist_train.gradients.FlatGradients.poison", nothing, "flat"),
     "does not restore buffers": ("dist_train.gradients.Buffers.restore", nothing, "flat"),
@@ -286,6 +404,16 @@ DEFECTS = {
         "overlap",
     ),
     "does not poison buckets": ("dist_train.overlap.BucketGradients._poison", nothing, "overlap"),
+    "resets on one rank only": (
+        "dist_train.overlap.BucketGradients.give_up",
+        give_up_on_rank_0,
+        "overlap",
+    ),
+    "skips on one rank only": (
+        "dist_train.recovery.Recovery._repeat_smaller",
+        skip_on_rank_1,
+        "flat",
+    ),
 }
 
 
@@ -297,18 +425,27 @@ def defective(
         return follow_all(jobs)
 
 
+def check_those_that_notice(tmp_path: Path, sync: str) -> None:
+    names = ("backward 5, step 2", "after the last gradient, step 2")
+    scenarios = [s for s in memory_faults(2, sync) if s[0] in names]
+    assert len(scenarios) == len(names)
+    check_all(tmp_path, 2, scenarios, f"parallel.sync={sync}", "parallel.step_timeout_sec=5")
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_recovery_with_a_defect_is_noticed(
     defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, sync = DEFECTS[defect]
-    names = ("backward 5, step 2", "after the last gradient, step 2")
-    scenarios = [s for s in memory_faults(2, sync) if s[0] in names]
     monkeypatch.setattr(f"{__name__}.follow_all", _Defective(defect))
-    options = (f"parallel.sync={sync}", "parallel.step_timeout_sec=3")
     with pytest.raises(AssertionError):
-        check_all(tmp_path, 2, scenarios, *options)
+        check_those_that_notice(tmp_path, DEFECTS[defect][2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+def test_what_notices_defects_passes_without_one(sync: str, tmp_path: Path) -> None:
+    check_those_that_notice(tmp_path, sync)
 
 
 class _Defective:

@@ -194,7 +194,7 @@ ROWS = (
         promise="a flipped bit in one replica's optimizer state or average is found or provably "
         "healed, bitwise; buffers and random numbers: no promise, not counted",
         injection=f"a random bit of one rank's {', '.join(STATES)}",
-        num_trials=100,
+        num_trials=200,  # half of them of what is promised
         measures="from the flip to its finding",
         work=d4,
         small=2,

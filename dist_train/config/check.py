@@ -43,6 +43,7 @@ RANGES: dict[str, Range] = {
     "optim.momentum": Range(least=0, most=0.9999),
     "optim.rest_lr": Range(above=0),
     "optim.rest_momentum": Range(least=0, most=0.9999),
+    "optim.orthogonal_steps": Range(least=1, most=20),
     "optim.weight_decay": Range(least=0),
     "optim.warmup_steps": Range(least=0),
     "optim.warmup_epochs": Range(least=0),

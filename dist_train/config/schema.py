@@ -91,6 +91,7 @@ class OptimConfig:
     # muon orthogonalises filters and matrices; these are for the rest: head, norms, biases.
     rest_lr: float | None = None  # None: lr
     rest_momentum: float | None = None  # None: momentum
+    orthogonal_steps: int = 5  # muon: of the iteration; the records on CIFAR-10 take 3
     unit_filters: bool = False  # muon: filters keep one norm, where a normalisation follows them
     decay_norms_and_biases: bool = False
     schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"

@@ -34,12 +34,18 @@ def check_yaml(path: Path, what: str) -> None:
             f"{what} is longer than {MAX_BYTES >> 10} KiB: no file of settings is; give that of a "
             "run, its config.yaml"
         )
-    for nodes, depth in _growth(yaml.parse(data, Loader=_LOADER)):
-        if nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise ConfigError(
-                f"{what} stands for more than {MAX_NODES} values or {MAX_DEPTH} levels once its "
-                "aliases (*name) are replaced: write out the values that are settings"
-            )
+    too_large = ConfigError(
+        f"{what} stands for more than {MAX_NODES} values or {MAX_DEPTH} levels once its "
+        "aliases (*name) are replaced: write out the values that are settings"
+    )
+    try:
+        for nodes, depth in _growth(yaml.parse(data, Loader=_LOADER)):
+            if nodes > MAX_NODES or depth > MAX_DEPTH:
+                raise too_large
+    except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # newer releases of libyaml have a limit of their own
+            raise too_large from None
+        raise
 
 
 def _growth(events: Iterator[yaml.Event]) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ class SpeedNet(nn.Module):
         super().__init__()
         whitened = 2 * in_channels * PATCH**2
         self.whiten = nn.Conv2d(in_channels, whitened, PATCH, bias=True)
-        self.whiten.requires_grad_(False)
+        self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type] # it has one
         first, second, third = widths
         self.groups = nn.Sequential(
@@ -39,7 +39,9 @@ class SpeedNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.groups(F.gelu(self.whiten(images)))
         pooled = features.amax(dim=(2, 3))
-        return self.head(pooled) * (HEAD_SCALE / (RECORD_WIDTH * pooled.shape[1]) ** 0.5)
+        with torch.autocast(images.device.type, enabled=False):  # else many logits are ties
+            logits = self.head(pooled.float())
+        return logits * (HEAD_SCALE / (RECORD_WIDTH * pooled.shape[1]) ** 0.5)
 
     @torch.no_grad()
     def initialise_from(self, images: Tensor) -> None:

@@ -1,0 +1,107 @@
+"""What train.order=fixed costs a step: `python -m benchmarks run fixed_order`.
+
+The same batches in fast and in fixed order, in turns, in the same processes; one thread a rank in
+both, as fixed order has it. Each ratio is of one pair of blocks of steps.
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.intervals import ROOT, mean_and_half_width
+from benchmarks.opened import Opened, opened
+from dist_train.config.compose import compose
+from dist_train.distributed import start_ranks
+from dist_train.step import train_step
+
+NUM_RANKS, FILE = 2, "found.json"
+CASES = {  # the words; steps a block, pairs
+    "tutorial CNN, batch 256": (("model=tutorial_cnn", "train.global_batch_size=256"), 20, 20),
+    "ResNet-9, batch 256": (("model=resnet9", "train.global_batch_size=256"), 2, 20),
+}
+WORDS = ("experiment=cifar10_tutorial", "data=synthetic", "device=cpu", "threads=1")
+
+
+def measure() -> dict[str, Any]:
+    """Start two ranks for each case; return what they found."""
+    found = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={NUM_RANKS}", "-m", "benchmarks.fixed_order_cost"]
+            subprocess.run([*command, case, folder], check=True, stdout=sys.stderr, cwd=ROOT)
+            found.append(json.loads((Path(folder) / FILE).read_text()))
+    return {"cases": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"`train.order=fixed` with 8 shards against `fast`, {NUM_RANKS} ranks of one thread, the "
+        "same batches, pairs of blocks.",
+        "",
+        "| net | precision | step in fast order, ms | fixed order takes | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    for case in found["cases"]:
+        mean, half = case["times"]
+        lines.append(
+            f"| {case['case']} | {case['precision']} | {case['fast_ms']:.1f} | {mean:.2f} +- "
+            f"{half:.2f} times | {case['pairs']} |"
+        )
+    return "\n".join(lines)
+
+
+def measure_case(name: str, folder: str) -> dict[str, Any] | None:
+    """Return rank 0's figures for one case; `folder` is the same on all ranks."""
+    case, steps, pairs = CASES[name]
+    configs = {
+        order: compose([*WORDS, *case, f"train.order={order}", f"run_dir={folder}/{order}"]).config
+        for order in ("fixed", "fast")
+    }
+    with start_ranks(configs["fixed"]) as ranks, ExitStack() as stack:
+        runs = {
+            order: stack.enter_context(opened(config, ranks)) for order, config in configs.items()
+        }
+        taken = dict.fromkeys(runs, 0)
+
+        def block(order: str) -> float:
+            run: Opened = runs[order]
+            ranks.barrier()
+            start = time.perf_counter()
+            for _ in range(steps):
+                train_step(run.parts, run.feed, step=taken[order])
+                taken[order] += 1
+            return time.perf_counter() - start
+
+        for order in runs:
+            block(order)  # warm
+        dice, times, fast = random.Random(0), [], []  # the same on all ranks: they step together
+        for _ in range(pairs):
+            sec = {order: block(order) for order in dice.sample(("fast", "fixed"), 2)}
+            times.append(sec["fixed"] / sec["fast"])
+            fast.append(sec["fast"] / steps)
+        precision = runs["fast"].parts.precision
+    if ranks.rank != 0:
+        return None
+    return {
+        "case": name,
+        "precision": precision,
+        "fast_ms": 1000 * statistics.median(fast),
+        "times": mean_and_half_width(times),
+        "pairs": pairs,
+    }
+
+
+if __name__ == "__main__":  # one of the ranks
+    case_name, run_folder = sys.argv[1:]
+    found_here = measure_case(case_name, run_folder)
+    if found_here is not None:
+        (Path(run_folder) / FILE).write_text(json.dumps(found_here))
