@@ -1,7 +1,7 @@
-"""Whether `dist-train bench` tells the truth: `python -m benchmarks run causes predictions compare`.
+"""Whether `dist-train bench` tells the truth: three measurements of `python -m benchmarks run`.
 
-causes: late batches, a slow rank, a slow link: is each named as what to change first? scale: the
-model of scale against step times measured over a link with a delay, and on 4 and 8 ranks that
+causes: late batches, a slow rank, a slow link: is each named as what to change first? predictions:
+the model of scale against step times measured over a link with a delay, and on 4 and 8 ranks that
 sleep instead of computing. compare: do two reports of the same code differ, and of slower code?
 """
 

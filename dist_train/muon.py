@@ -25,11 +25,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float) -> None:
-        """Take groups of `params`, `orthogonal`, `steps`, `momentum`, `nesterov`, `weight_decay`, `unit`.
+        """Take groups of parameters, each with its settings; what is not given is a default.
 
         Args:
-            groups: `steps` of the iteration; with `unit` a filter is brought to the norm sqrt(out) before every update: for
-                filters that a normalisation follows.
+            groups: `params`, `orthogonal`, `steps` (of the iteration), `momentum`, `nesterov`,
+                `weight_decay`, `unit`: a filter is brought to the norm sqrt(out) before every
+                update, for filters that a normalisation follows.
             lr: of groups that name none.
         """
         defaults = {

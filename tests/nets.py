@@ -46,15 +46,16 @@ def noisy_net(num_classes: int, *, width: int = 8) -> nn.Module:
 class LastUnused(nn.Sequential):
     """A sequence whose last layer takes no part in the forward."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in list(self)[:-1]:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        for layer in list(self.children())[:-1]:
             x = layer(x)
         return x
 
 
 def unused_net(num_classes: int) -> nn.Module:
     """noisy_net with parameters that no gradient reaches."""
-    return LastUnused(*noisy_net(num_classes), nn.Linear(5, 3))
+    return LastUnused(*noisy_net(num_classes).children(), nn.Linear(5, 3))
 
 
 def paced_net(num_classes: int, *, sec: float, width: int = 8) -> nn.Module:

@@ -218,7 +218,9 @@ def _check_scenario(
     """Compare what each rank is left with, with the other ranks' and with its clean twin's."""
     for rank, (mine, twin) in enumerate(zip(ranks, twins, strict=True)):
         due = sum(f.times if not f.above else 2 for f in faults if rank in f.ranks)
-        assert mine.fired >= due, f"{name}: on rank {rank} a fault fired {mine.fired} of {due} times"
+        assert mine.fired >= due, (
+            f"{name}: on rank {rank} a fault fired {mine.fired} of {due} times"
+        )
         assert mine.sizes == ranks[0].sizes, f"{name}: rank {rank} used other pieces"
         assert mine.samples_seen == NUM_STEPS * 24, name
         for key, value in mine.weights.items():
@@ -236,7 +238,9 @@ def _check_scenario(
 
 def _check_records(name: str, faults: tuple[StepFault, ...], run: Path, twin: Path) -> None:
     """Compare the losses, and look at the events."""
-    skipped = {f.step + 1 for f in faults if f.kind in ("nan", "inf")}  # their losses are not finite
+    skipped = {
+        f.step + 1 for f in faults if f.kind in ("nan", "inf")
+    }  # their losses are not finite
     mine, theirs = (
         [m.get("train/loss") for m in metrics(folder) if m["step"] not in skipped]
         for folder in (run, twin)

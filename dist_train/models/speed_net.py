@@ -39,7 +39,8 @@ class SpeedNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.groups(F.gelu(self.whiten(images)))
         pooled = features.amax(dim=(2, 3))
-        with torch.autocast(images.device.type, enabled=False):  # else many logits are ties
+        kind = "cuda" if images.is_cuda else "cpu"
+        with torch.autocast(kind, enabled=False):  # in bf16 many logits are ties
             logits = self.head(pooled.float())
         return logits * (HEAD_SCALE / (RECORD_WIDTH * pooled.shape[1]) ** 0.5)
 
