@@ -5,7 +5,8 @@
 Without means: buffers not remembered, the norm not read, no heartbeats, replicas not compared; the
 watchdog's process (0.2 % of a core) runs in both. Blocks of steps with and without alternate, the
 order drawn anew for each pair; a ratio is of one pair, so that what else the machine does meets
-both alike.
+both alike. What is a thousandth of a step no pair of blocks can show: so each guard is also timed
+by itself, and their sum set against the step.
 """
 
 import contextlib
@@ -16,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from benchmarks.intervals import ROOT, mean_and_half_width
 from benchmarks.opened import opened
@@ -30,6 +34,7 @@ from dist_train.step import train_step
 from dist_train.watchdog import watch
 
 NUM_RANKS, FILE = 2, "found.json"
+BLOCKS, CALLS = 15, 50  # of each guard by itself
 CASES = {
     "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
     "ResNet-9, batch 64": ("model=resnet9", "train.global_batch_size=64", 4, 30),
@@ -73,16 +78,22 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"All guards on against all off, {NUM_RANKS} ranks, pairs of blocks.",
         "",
-        "| net | step without, ms | the guards add | pairs |",
-        "|---|---|---|---|",
+        "| net | step without, ms | the guards add | pairs | timed one by one | of the step |",
+        "|---|---|---|---|---|---|",
     ]
     for case in found["cases"]:
         mean, half = (100 * value for value in case["overhead"])
+        micro_sec = sum(case["one_by_one_us"].values())
         lines.append(
             f"| {case['case']} | {case['step_ms_without']:.1f} | {mean:+.2f} +- {half:.2f} % | "
-            f"{case['pairs']} |"
+            f"{case['pairs']} | {micro_sec:.0f} us | "
+            f"{micro_sec / (10 * case['step_ms_without']):.2f} % |"
         )
-    return "\n".join(lines)
+    each = "; ".join(
+        f"{case['case']}: " + ", ".join(f"{k} {v:.1f} us" for k, v in case["one_by_one_us"].items())
+        for case in found["cases"]
+    )
+    return "\n".join([*lines, "", f"One by one, on rank 0: {each}."])
 
 
 def measure_case(name: str, folder: str) -> dict[str, Any] | None:
@@ -96,6 +107,7 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
         watch(config, ranks, it.run.path, it.run.warn),
     ):
         ratios, sec = _pairs(it.parts, it.feed, steps, pairs)
+        each = _one_by_one(it.parts, it.feed)
     if ranks.rank != 0:
         return None
     mean, half = mean_and_half_width(ratios)
@@ -106,6 +118,7 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
         "steps_a_block": steps,
         "step_ms_without": 1e3 * sec,
         "overhead": [mean - 1, half],
+        "one_by_one_us": each,
     }
 
 
@@ -144,6 +157,41 @@ def _pairs(parts: Any, feed: Feed, steps: int, pairs: int) -> tuple[list[float],
         bare.append(without / steps)
     object.__setattr__(ranks, "pulse", real)
     return ratios, statistics.median(bare)
+
+
+def _one_by_one(parts: Any, feed: Feed) -> dict[str, float]:
+    """Return the microseconds a step of each guard by itself: the median of blocks of calls."""
+    ranks, norm = parts.replica.ranks, torch.ones(())
+    with mock.patch.object(Pulse, "_write", autospec=True, side_effect=Pulse._write) as write:
+        train_step(parts, feed, step=0)
+        beats = write.call_count
+
+    def beat() -> None:
+        for _ in range(beats):
+            ranks.pulse.at("forward", 0)
+
+    def compare() -> None:
+        parts.drift.forget()
+        parts.drift.check(1)
+
+    works: dict[str, tuple[Callable[[], object], float]] = {  # and how often a step does it
+        f"{beats} heartbeats": (beat, 1.0),
+        "buffers remembered": (parts.replica.buffers.remember, 1.0),
+        "the norm": (parts.replica.gradients.norm, 1.0),
+        "read and judged": (lambda: parts.recovery.decide(norm, None, 0), 1.0),
+        "replicas compared": (compare, 1.0 / parts.config.guards.drift_every),
+    }
+    found = {}
+    for name, (work, share) in works.items():
+        blocks = []
+        for _ in range(BLOCKS):
+            ranks.barrier()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                work()
+            blocks.append((time.perf_counter() - start) / CALLS)
+        found[name] = 1e6 * share * statistics.median(blocks)
+    return found
 
 
 if __name__ == "__main__":  # one of the ranks

@@ -19,7 +19,6 @@ import numpy as np
 
 from dist_train import train as loop
 from dist_train.__main__ import main
-from dist_train.parallel import Replica
 from dist_train.tasks import classification
 
 FAULT_VARIABLE = "DIST_TRAIN_FAULT"
@@ -75,7 +74,16 @@ def arm(fault: Fault) -> None:
 
     loop.train_step = counted
     if fault.place == "in the backward":
-        before(Replica, "reduce")
+        build = loop.build_parts
+
+        def built(*args: Any, **kwargs: Any) -> Any:
+            parts = build(*args, **kwargs)
+            params = parts.replica.params
+            for param in params[: len(params) // 2 + 1]:  # their gradients come late: half is done
+                param.register_hook(lambda gradient: fire())
+            return parts
+
+        loop.build_parts = built
     elif fault.place == "in the evaluation":
         before(classification, "eval_sums")
     elif fault.place == "in the save":

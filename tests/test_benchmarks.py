@@ -26,7 +26,15 @@ FOUND: dict[str, Any] = {
         "training": {"share_of_ready_speed": [0.994, 0.023], "pairs": 25, "precision": "bf16"},
     },
     "guards": {
-        "cases": [{"case": "a net", "step_ms_without": 30.1, "overhead": [0.002, 0.01], "pairs": 4}]
+        "cases": [
+            {
+                "case": "a net",
+                "step_ms_without": 30.1,
+                "overhead": [0.002, 0.01],
+                "pairs": 4,
+                "one_by_one_us": {"12 heartbeats": 10.0, "the norm": 20.1},
+            }
+        ]
     },
     "checkpoint": {
         "saving": {
@@ -90,7 +98,7 @@ FOUND: dict[str, Any] = {
 }
 SHOWN = {
     "data_path": ("146,300 +- 16,300", "56.6 +- 6.9", "99.4 +- 2.3 %"),
-    "guards": ("| a net | 30.1 | +0.20 +- 1.00 % | 4 |",),
+    "guards": ("| a net | 30.1 | +0.20 +- 1.00 % | 4 | 30 us | 0.10 % |", "12 heartbeats 10.0 us"),
     "checkpoint": ("90 MB", "1.13 +- 0.04", "99.1 +- 0.4 %"),
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
     "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dist_train.differences import compare
+from dist_train.plan import make_plan
 from dist_train.rehearsal import note_randomness
-from dist_train.verify_resume import main
+from dist_train.verify_resume import _choose, main
 from tests.faults import train_with
 from tests.ranks import run_ranks
 from tests.settings import SMALL, small
@@ -29,6 +30,7 @@ def test_an_exact_resume_is_found_identical(capsys: pytest.CaptureFixture[str]) 
     assert code == 0, out + errors
     assert "identical bit for bit after 3 of 3 kills and stops" in out
     assert "NOT REACHED" not in out
+    assert "not tried" not in out, "an epoch is 5 steps"
 
 
 @pytest.mark.exhaustive
@@ -38,6 +40,27 @@ def test_a_model_with_hidden_state_is_found_out(capsys: pytest.CaptureFixture[st
     assert "metrics.jsonl: step" in out
     assert "model.inner.0.weight: " in out
     assert "likely cause: two undisturbed trainings are identical, so the resume loses" in out
+
+
+@pytest.mark.exhaustive
+def test_a_training_shorter_than_an_epoch_says_what_it_does_not_prove(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, errors = verify(capsys, "--kills", "1", "--steps", "4", "eval.every_epochs=null")
+    assert code == 0, out + errors
+    assert "not tried: the end of an epoch" in out
+    assert "give --steps=11" in out
+
+
+def test_the_first_save_that_is_disturbed_is_that_of_a_best(tmp_path: Path) -> None:
+    plan = make_plan(
+        small(tmp_path, "train.steps=20", "checkpoint.every_steps=2"), 126, world_size=2
+    )
+    faults = _choose(plan, 2, 6, 0, tmp_path)
+    assert plan.steps_per_epoch == 5
+    [in_the_save] = [fault for fault in faults if fault.place == "in the save"]
+    assert in_the_save.step == 4, "the step after which the first evaluation comes"
+    assert len({fault.place for fault in faults}) == 5
 
 
 @pytest.mark.slow
