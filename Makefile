@@ -16,6 +16,7 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 BIN := .venv/bin
 STAMP := .venv/.installed
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+SAME_TORCH := import importlib.metadata as m; print("torch==" + m.version("torch"))
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
 .PHONY: help train test test-exhaustive test-slurm check check-static reliability bench \
@@ -51,7 +52,7 @@ check-static: $(STAMP) ## format, lint and types
 reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8" N=100 (N=small: a few minutes)
 	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
 
-bench: $(STAMP) ## this repository's measurements, on an idle machine: two hours (ARGS="scaling": one)
+bench: $(STAMP) ## this repository's measurements, on an idle machine: two hours (ARGS=scaling: one)
 	$(if $(ARGS),,$(MAKE) bench-peers)
 	$(BIN)/python -m benchmarks run $(ARGS)
 	$(BIN)/python -m benchmarks table --write
@@ -69,7 +70,9 @@ clean: ## delete the environment, caches and build products; runs/ stays
 
 .venv-peers/.installed: $(STAMP) benchmarks/peers/requirements.txt
 	$(BIN)/python -m venv --clear .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --editable . -r benchmarks/peers/requirements.txt
+	$(BIN)/python -c '$(SAME_TORCH)' > .venv-peers/constraints.txt
+	.venv-peers/bin/python -m pip install --quiet --constraint .venv-peers/constraints.txt \
+	  --editable . -r benchmarks/peers/requirements.txt
 	@touch $@
 
 $(STAMP): pyproject.toml

@@ -21,7 +21,7 @@ PLACES = (
     "before the all-reduce",  # overlap: too late, and out of reach
     "optimizer",  # out of reach in every form
 )
-KINDS = ("memory", "real memory", "error", "nan", "inf")
+KINDS = ("memory", "real memory", "error", "sticky", "nan", "inf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +200,8 @@ def _go_wrong(fault: StepFault, value: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")
     if fault.kind == "real memory":
         torch.empty(1 << 50, dtype=torch.uint8)
+    if fault.kind == "sticky":
+        raise RuntimeError("CUDA error: device-side assert triggered (injected)")
     if fault.kind == "error":
         raise ValueError("a bug in the user's code (injected)")
     bad = torch.nan if fault.kind == "nan" else torch.inf

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from dist_train.chain import read as read_chain
 from dist_train.config import Config
 from dist_train.overlap import BucketGradients
 from dist_train.recovery import Recovery, StepFailedError
@@ -362,6 +363,45 @@ def test_a_shortage_in_the_optimizer_ends_all_and_the_restart_uses_smaller_piece
     restarted = chain | {"TORCHELASTIC_RESTART_COUNT": "1"}
     outcomes = start_ranks_of(follow, 2, config, (), {}, env=restarted)
     assert [o.value.sizes for o in outcomes] == [[6] * NUM_STEPS] * 2, outcomes[0].trace
+
+
+def follow_unproven(config: Config, faults: tuple[StepFault, ...]) -> Ended:
+    with mock.patch("dist_train.overlap.TESTED", set()):
+        return follow(config, faults, {})
+
+
+@pytest.mark.slow
+def test_where_recovery_is_not_proven_the_restart_uses_smaller_pieces(tmp_path: Path) -> None:
+    fault = StepFault(ranks=(1,), step=2, place="backward")
+    config = small(tmp_path, *SETTINGS, "parallel.sync=overlap")
+    chain = {"DIST_TRAIN_CHAIN": "one start"}
+    outcomes = start_ranks_of(follow_unproven, 2, config, (fault,), env=chain)
+    told = "rank 1 failed at step 2: OutOfMemoryError: CUDA out of memory (injected)"
+    assert str(outcomes[0].error) == told, outcomes[0].trace
+    assert not [e for e in _events(tmp_path) if e["event"] == "out_of_memory"]
+    restarted = chain | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    outcomes = start_ranks_of(follow_unproven, 2, config, (), env=restarted)
+    assert [o.value.sizes for o in outcomes] == [[6] * NUM_STEPS] * 2, outcomes[0].trace
+
+
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+def test_a_device_that_takes_no_more_work_ends_all_at_once(sync: str, tmp_path: Path) -> None:
+    fault = StepFault(ranks=(1,), step=2, place="backward", kind="sticky")
+    config = small(tmp_path, *SETTINGS, f"parallel.sync={sync}")
+    outcomes = start_ranks_of(follow, 3, config, (fault,), {})
+    told = "rank 1 failed at step 2: RuntimeError: CUDA error: device-side assert triggered"
+    assert all(told in str(outcomes[rank].error) for rank in (0, 2)), outcomes[0].trace
+    assert "device-side assert" in str(outcomes[1].error)
+
+
+def test_a_shortage_that_is_read_a_step_late_ends_all_with_a_cure(tmp_path: Path) -> None:
+    fault = StepFault(ranks=(1,), step=2, place="backward")
+    config, chain = small(tmp_path, *SETTINGS, "guards.lag=1"), {"DIST_TRAIN_CHAIN": "one start"}
+    outcomes = start_ranks_of(follow, 2, config, (fault,), {}, env=chain)
+    [text] = {str(o.error) for o in outcomes}
+    assert "rank 1 ran out of memory at step 2, with guards.lag=1" in text
+    assert "set guards.lag=0, or train.micro_batch_size=6" in text
+    assert read_chain(tmp_path).micro_batch_size == 6, "a restart begins with it"
 
 
 @pytest.mark.slow
