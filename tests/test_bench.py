@@ -18,12 +18,12 @@ import torch
 
 from dist_train.bench import compare, worker
 from dist_train.bench.advice import advice_for
-from dist_train.bench.breakdown import PARTS, parts_of, slowest_rank
+from dist_train.bench.breakdown import MEANS, PARTS, parts_of, slowest_rank
 from dist_train.bench.intervals import geometric_mean_of, mean_of
 from dist_train.bench.launches import FIXED, Setup, settings_of, setups_of
 from dist_train.bench.machine_speed import peak_of
 from dist_train.bench.main import main
-from dist_train.bench.page import _bars, write_page
+from dist_train.bench.page import _bars, _figure, write_page
 from dist_train.bench.report import as_text
 from dist_train.bench.results import results_of
 from dist_train.bench.scale import (
@@ -80,6 +80,7 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "all_reduce": [(1000, 0.001), (1_000_000, 0.002)],
         "batch_size": batch,
         "precision": "fp32",
+        "memory_format": "channels_last",
         "sync": "flat",
         "gradient_bytes": 4_000_000,
         "gradient_times": [(1_000_000, 0.001), (3_000_000, 0.004)],
@@ -259,6 +260,37 @@ def test_what_the_model_says_stands_beside_its_error() -> None:
     assert shares[-1] > 0.9, "16,384 ranks that save in 10 ms and restart in 4 s"
 
 
+def check_of(result: dict[str, Any]) -> dict[str, Any]:
+    told = predictions([result])
+    assert told is not None
+    [check] = told["checked"]
+    return check
+
+
+def test_the_checked_prediction_knows_nothing_of_the_run_s_residual() -> None:
+    [_, pair] = results_of(measured_setups())
+    parts = pair["parts_sec"]
+    odd = pair | {"parts_sec": parts | {"residual": parts["residual"] + 0.005}}
+    assert check_of(odd)["predicted_sec"] == check_of(pair)["predicted_sec"]
+    link = fitted_link(pair["all_reduce"], 2)
+    assert link is not None
+    expected = 0.008 + parts["data"] + 2 * link.latency_sec + 4e6 / link.bytes_per_sec
+    assert check_of(pair)["predicted_sec"] == pytest.approx(expected)
+
+
+def test_the_checked_prediction_is_by_the_ring_that_was_fitted() -> None:
+    """Where a tree, of less latency, would be much faster."""
+    launch = two()
+    launch["ranks"] = [rank | {"rank": n} for n, rank in enumerate(launch["ranks"] * 2)]
+    for rank in launch["ranks"]:
+        rank["all_reduce"] = [(n, 6 * 0.01 + 1.5 * n / 1e9) for n in (4, 1 << 20, 16 << 20)]
+    [setup] = setups_of([(4, 0)], 128, ("strong",))
+    [result] = results_of([(setup, [launch, launch])])
+    expected = 0.008 + result["parts_sec"]["data"] + 6 * 0.01 + 1.5 * 4e6 / 1e9
+    assert check_of(result)["predicted_sec"] == pytest.approx(expected)
+    assert all_reduce_sec(4e6, 4, Link(0.01, 1e9)) == pytest.approx(4 * 0.01 + 2 * 4e6 / 1e9)
+
+
 def report_of(setups: list[dict[str, Any]]) -> dict[str, Any]:
     machine = {"cpu": "c", "device": "cpu", "torch": "2", "python": "3"}
     return {
@@ -316,10 +348,13 @@ def test_another_job_is_told_when_reports_are_compared() -> None:
     [single, _] = results_of(measured_setups())
     old = report_of([times(single, 1.0) | {"threads": 2}])
     del old["setups"][0]["micro_batch_size"]
-    changed = {"threads": 1, "precision": "bf16", "micro_batch_size": 32}
+    changed = {"threads": 1, "precision": "bf16", "memory_format": "contiguous"}
+    changed["micro_batch_size"] = 32
     new = report_of([times(single, 1.0) | changed]) | {"experiment": "f"}
     [line] = compare.compare(old, new)
-    assert line["differs"] == {"precision": ["fp32", "bf16"], "threads": [2, 1]}
+    formats = ["channels_last", "contiguous"]
+    changes = {"precision": ["fp32", "bf16"], "memory_format": formats, "threads": [2, 1]}
+    assert line["differs"] == changes
     told = compare.as_text([line], old, new)
     assert "not the same experiment: e then, f now" in told
     assert "1 ranks, batch 64: not the same threads: 2 then, 1 now" in told
@@ -343,6 +378,96 @@ def test_the_page_holds_all_of_the_report(tmp_path: Path) -> None:
     assert "http" not in text.split("<svg")[0], "it needs nothing from elsewhere"
     assert "parallel.sync=overlap" in text
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_efficiency_lacks_is_told_by_part() -> None:
+    setups = results_of(measured_setups())
+    [_, pair] = setups
+    [_, table] = as_text(report_of(setups)).split("why efficiency was lost")
+    [_, head, *rows] = table.split("\n\n")[0].splitlines()
+    assert head.split("  ")[-1] == "strong, 2 x 32"
+    names, told = zip(*(row.strip().split("  ", 1) for row in rows), strict=True)
+    assert names == (*(MEANS[part] for part in PARTS), "together")
+    assert told[names.index("backward")].strip() == "+2.00 (+15.3%)"
+    assert told[names.index("not explained")].strip() == "+0.05 (+0.4%)"
+    lacking = 1 - pair["efficiency"]["strong"]["value"]
+    assert told[-1].strip() == f"+8.55 ({lacking:+.1%})"
+
+
+def test_one_count_has_lost_nothing() -> None:
+    [setup] = setups_of([(1, 0)], 64, ("strong",))
+    report = report_of(results_of([(setup, [one(), one()])]))
+    text = as_text(report)
+    assert "why efficiency was lost" not in text
+    assert "here: no all-reduce was measured" in text
+    panels = panels_of(report)
+    assert set(panels) == {"rates", "shares", "predicted", "parts"}
+    assert "error: not measured" in panels["predicted"].get_title()
+
+
+def panels_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {axes.get_label(): axes for axes in _figure(report).axes}
+
+
+def curves_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Return what each entry of the legend draws: (x, y)."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+    return {
+        label: (list(line.get_xdata()), list(line.get_ydata()))
+        for label, line in zip(labels, lines, strict=True)
+    }
+
+
+def test_the_measured_curves_have_an_ideal_and_intervals() -> None:
+    setups = results_of(measured_setups())
+    panels = panels_of(report_of(setups))
+    for panel, ideals in (("rates", {"strong, ideal"}), ("shares", {"ideal"})):
+        curves = curves_of(panels[panel])
+        assert set(curves) == {"strong"} | ideals
+        handles, labels = panels[panel].get_legend_handles_labels()
+        assert handles[labels.index("strong")].has_yerr
+    rate = setups[0]["images_per_sec"]["value"]
+    assert curves_of(panels["rates"])["strong, ideal"][1] == pytest.approx([rate, 2 * rate])
+    assert curves_of(panels["shares"])["ideal"][1] == [1.0, 1.0], "100 % at every count"
+
+
+def test_the_predicted_efficiency_is_a_curve_with_its_error_beside_it() -> None:
+    report = report_of(results_of(measured_setups()))
+    scale = report["scale"]
+    axes = panels_of(report)["predicted"]
+    curves = curves_of(axes)
+    assert curves.pop("ideal")[1] == [1.0, 1.0]
+    assert list(curves) == [network["name"] for network in scale["networks"]]
+    for network in scale["networks"]:
+        counts, shares = map(list, zip(*network["efficiency"], strict=True))
+        assert curves[network["name"]] == (counts, shares)
+        assert (counts[0], counts[-1]) == (8, 16384)
+    [check] = scale["checked"]
+    assert f"2 x 32: {check['error']:+.1%}" in axes.get_title().replace("\xa0", " ")
+
+
+def test_the_page_draws_what_was_lost_and_writes_what_is_not_explained() -> None:
+    setups = results_of(measured_setups())
+    panels = panels_of(report_of(setups))
+    axes = panels["lost"]
+    [lost] = [result["lost_sec"]["strong"] for result in setups if result["lost_sec"]]
+    drawn = [patch.get_width() for patch in axes.patches]
+    assert drawn == pytest.approx([1000 * lost[part] for part in PARTS])
+    [name] = [label.get_text() for label in axes.get_yticklabels()]
+    assert name.splitlines() == ["strong, 2 x 32", "not explained: +0.05 ms"]
+    colours = [patch.get_facecolor() for patch in panels["parts"].patches[:: len(setups)]]
+    assert [patch.get_facecolor() for patch in axes.patches] == colours, "one legend for both"
+
+
+def test_a_page_without_parts_has_the_curves(tmp_path: Path) -> None:
+    [single, pair] = measured_setups()
+    for _, launches in (single, pair):
+        for rank in (rank for launch in launches for rank in launch["ranks"]):
+            del rank["blocks"]["alone"], rank["blocks"]["bare"]
+    report = report_of(results_of([single, pair]))
+    assert set(panels_of(report)) == {"rates", "shares"}
+    write_page(report, tmp_path / "report.html")
 
 
 def test_the_bars_of_the_page_add_up_to_the_step(tmp_path: Path) -> None:
@@ -381,6 +506,16 @@ def test_a_peak_is_that_of_the_units_in_use(
     assert without is not None
     assert "TF32" not in without[1]
     assert peak_of("a GPU of tomorrow", precision) is None
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_the_report_says_how_weights_lie(form: torch.memory_format) -> None:
+    name = str(form).removeprefix("torch.").removesuffix("_format")
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
+    net.to(memory_format=form)
+    assert worker._memory_format(net) == name
+    results = [result | {"memory_format": name} for result in results_of(measured_setups())]
+    assert f"fp32, {name};" in as_text(report_of(results))
 
 
 def test_the_report_says_which_peak_it_means() -> None:
@@ -626,6 +761,7 @@ def test_a_launch_measures_the_training_and_not_itself(tmp_path: Path) -> None:
     [(rank, peak, phases)] = run_ranks(measured_with_matrices, 0, config, size)
     assert 0 < rank["memory_bytes"] < peak - size / 2, "its own matrices are no part of training"
     assert phases == {"flops": "start", "save": "checkpoint"}, "what the watchdog waits for"
+    assert rank["memory_format"] == "channels_last"
 
 
 def measured(config: Any, trouble: str) -> dict[str, Any] | None:

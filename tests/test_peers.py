@@ -1,5 +1,12 @@
 """The loop against the same job written by hand: the same bits, so that their speeds compare."""
 
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +14,42 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.peers import loops
-from benchmarks.peers.__main__ import check_same, make_table
-from benchmarks.peers.job import CASES, Case, Job, measured
+from benchmarks.intervals import RESULTS, write_between
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import loops, records
+from benchmarks.peers.job import CASES, WARM_STEPS, Batches, Case, Job, measured
+from benchmarks.peers.records import Cell, Outcome, Record
+from benchmarks.peers.run_once import reason_in, run_once
+from benchmarks.peers.table import make_tables
+from benchmarks.reliability.in_ranks import wait_until
+from dist_train.monitor.processes import read_stat
 from tests.ranks import run_ranks
 
 SHORT = Case("benchmarks.peers.job:tiny_net", 16, 0, 2)
+ONE_EPOCH = Case("benchmarks.peers.job:tiny_net", 16, 0, 1)
+CELL = Cell("tiny", "lean", 1, "fp32")
+HERE = {"cpu": "this one", "torch": "2.14", "code": "abc"}
+BASE = Record(
+    series="one", surroundings=HERE, date="2026", cell=CELL, round=0, peer="", outcome=Outcome()
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: several wait for each other on a busy machine
+    yield
+    torch.set_num_threads(before)
 
 
 def end_of(peer: str, world_size: int, folder: Path) -> str:
     """Return the digest of the weights that a peer ends with."""
-    import os
-
     from benchmarks.peers import ours
 
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
-    job = Job(
-        case=SHORT, rank=rank, world_size=world_size, precision="fp32", lean=True, folder=folder
-    )
-    train = {"fast": loops.fast, "plain": loops.plain, "ours": ours.ours}[peer]
+    job = Job(SHORT, rank, world_size, precision="fp32", lean=True, folder=folder)
+    train = {"fast": loops.fast, "ours": ours.ours}[peer]
     result = measured(job, train(job), begun=0.0)
     assert result["steps"] == SHORT.epochs * 97
     return str(result["weights_sha256"])
@@ -47,7 +70,7 @@ def digest_of(weights: dict[str, torch.Tensor], job: Job) -> tuple[object, objec
 def test_a_rank_s_own_running_statistics_are_not_compared(tmp_path: Path) -> None:
     job = Job(CASES["resnet9"], 0, 1, precision="fp32", lean=True, folder=tmp_path)
     job.cpu_sec = job.wall_sec = [float(n) for n in range(job.total_steps)]
-    job.children_sec = [0.0]
+    job.children_sec = [0.0, 0.0]
     model = job.model()
     here = digest_of(model.state_dict(), job)
     for buffer in model.buffers():
@@ -82,21 +105,195 @@ def test_the_fast_loop_runs_on_an_older_torch(
     assert job.asked == job.total_steps
 
 
-def record_of(peer: str, number: int, cpu_us: float, digest: str = "a") -> dict[str, object]:
-    cell = {"round": number, "ranks": 1, "precision": "fp32", "style": "lean", "peer": peer}
-    rates = {"images_per_sec": 5.0, "first_step_sec": 2.0, "peak_rss_mib": 700.0}
-    return {**cell, **rates, "cpu_us": cpu_us, "weights_sha256": digest, "norm": 1.0}
+def test_the_fast_loop_spares_the_garbage_collector_what_lives_and_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    append, take = frozen.append, Batches.take
+    monkeypatch.setattr(Batches, "take", lambda b: append(gc.get_freeze_count()) or take(b))
+    loops.fast(Job(ONE_EPOCH, 0, 1, precision="fp32", lean=True, folder=tmp_path))
+    assert frozen[WARM_STEPS - 1] == gc.get_freeze_count() == 0
+    assert frozen[WARM_STEPS] > 1000
 
 
-def test_differences_are_paired_by_round() -> None:
-    runs = [record_of("fast", n, 1000.0 + 300 * n) for n in range(3)]
-    runs += [record_of("ours", n, 1010.0 + 300 * n + n) for n in range(3)]
-    about = {"case": "tiny", "date": "2026-01-01", "machine": {}, "versions": {}}
-    [line] = [x for x in make_table({"runs": runs, **about}).splitlines() if "| ours |" in x]
-    assert "| 1,311 |" in line
-    assert "| +11 +- 2 |" in line
+@pytest.mark.parametrize("case", [SHORT, ONE_EPOCH])
+def test_what_a_child_process_costs_counts(case: Case, tmp_path: Path) -> None:
+    job = Job(case, 0, 1, precision="fp32", lean=True, folder=tmp_path)
+    first, last = job.window
+    batches = Batches(job)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        for step in range(job.total_steps):
+            if step == last:
+                time.sleep(0.5)
+            batches.take()
+        child.kill()
+    found = measured(job, job.model().state_dict(), begun=0.0)
+    assert float(str(found["children_us"])) * (last - first) > 0.1e6
+    assert job.children_mib > 1
 
 
-def test_peers_that_did_another_job_are_refused() -> None:
-    with pytest.raises(SystemExit, match="different weights"):
-        check_same({"fast": record_of("fast", 0, 1.0), "ours": record_of("ours", 0, 1.0, "b")})
+def record_of(peer: str, number: int, cpu_us: float = 1e3, *, base: Record = BASE) -> Record:
+    values = {"cpu_us": cpu_us, "children_us": 3.0, "images_per_sec": 1e8 / cpu_us, "norm": 1.0}
+    values |= {"peak_rss_mib": 700.0, "first_step_sec": cpu_us / 500}
+    values |= {"throw_away_sec": 0.5, "first_step_apart_sec": cpu_us / 500 - 0.5}
+    outcome = Outcome(values=values, weights_sha256="a")
+    return replace(base, round=number, peer=peer, outcome=outcome)
+
+
+def failed(peer: str, number: int, reason: str) -> Record:
+    return replace(BASE, round=number, peer=peer, outcome=Outcome(failed=reason))
+
+
+def row_of(peer: str, table: str) -> list[str]:
+    """Return the cells of the peer's only row."""
+    [line] = [x for x in table.splitlines() if x.startswith((f"| {peer} ", f"| {peer};"))]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_differences_and_ratios_are_paired_by_round() -> None:
+    runs = []
+    for n, slow in enumerate((1.0, 1.5, 2.0)):  # what else the machine does slows all in a round
+        runs += [record_of("plain", n, 1000 * slow), record_of("fabric", n, 1100 * slow)]
+        runs += [record_of("fast", n, 800 * slow), record_of("ours", n, 800 * slow + 10 + n)]
+        runs += [record_of("ignite", n, 800 * slow + 510)]
+    table = make_tables(runs)["tiny"]
+    assert row_of("ours", table)[1:5] == ["1,211", "-289 +- 246", "+11 +- 2", ""]
+    assert row_of("fast", table)[3:5] == ["", "+11 +- 2, behind"]
+    assert row_of("ignite", table)[4] == "-499 +- 2, ahead"
+    assert row_of("fabric", table)[2] == "+150 +- 124"
+    same = [f"{ratio} ({ratio} to {ratio})" for ratio in ("0.909", "1.100", "1.000")]
+    assert row_of("fabric", table)[5:] == same
+    assert row_of("plain", table)[5:] == ["72,222 images/s", "3.00 s", "700 MiB"]
+
+
+def test_the_first_step_is_told_with_and_without_the_one_thrown_away() -> None:
+    runs = [record_of("plain", n, 1000.0 + 100 * n) for n in range(3)]
+    for run in runs:
+        apart = run.outcome.values["first_step_sec"]
+        run.outcome.values.update(throw_away_sec=0.0, first_step_apart_sec=apart)
+    runs += [record_of("ours", n, 1100.0 + 100 * n) for n in range(3)]
+    table = make_tables(runs)["tiny"]
+    assert "ours over plain: +0.20 +- 0.00 s; without its throw-away step of 0.50 s: -0.30" in table
+
+
+def test_one_round_has_no_interval() -> None:
+    table = make_tables([record_of("plain", 0), record_of("ours", 0, 900.0)])["tiny"]
+    assert row_of("ours", table)[2] == "-100, once"
+    assert row_of("plain", table)[4] == "-100, once"  # not called ahead
+    assert "inf" not in table
+
+
+def test_a_failed_round_is_told_and_left_out_of_the_pairs() -> None:
+    runs = [record_of(peer, n, 1000.0 * (n + 1)) for peer in ("plain", "ours") for n in range(3)]
+    runs += [record_of("fast", n, 1000.0 * (n + 1) - 100) for n in (0, 2)]
+    runs += [failed("fast", 1, "not done within 600 s")]
+    runs += [failed("fabric", n, "ValueError: a | b") for n in range(3)]
+    table = make_tables(runs)["tiny"]
+    assert row_of("fast; failed in 1 of 3 rounds: not done within 600 s", table)[2] == "-100 +- 0"
+    assert row_of("fabric; failed in 3 of 3 rounds: ValueError: a / b", table)[1:] == [""] * 7
+
+
+def test_peers_that_did_another_job_have_failed() -> None:
+    runs = [record_of(peer, n) for n in (0, 1) for peer in ("fabric", "plain", "fast", "ours")]
+    other = replace(runs[0].outcome, weights_sha256="b")
+    runs[0], runs[5] = replace(runs[0], outcome=other), replace(runs[5], outcome=other)
+    runs[1].outcome.values["norm"] = 1.01
+    wrong = {(r.peer, r.round): r.outcome.failed for r in records.judged(runs) if r.outcome.failed}
+    assert set(wrong) == {("fabric", 0), ("plain", 0)}  # plain may have other bits
+    assert wrong["fabric", 0] == "another job: its weights are b, not a"
+    assert "norm is 1.01, not 1" in str(wrong["plain", 0])
+
+
+def test_a_series_goes_on_in_the_same_surroundings_only(tmp_path: Path) -> None:
+    moved = replace(BASE, series="three", surroundings=HERE | {"code": "def"})
+    runs = [record_of("plain", 0), replace(failed("plain", 0, "broke"), series="two")]
+    runs.append(record_of("plain", 0, base=moved))
+    for run in runs:
+        records.append(tmp_path / "new" / "file.jsonl", run)
+    assert records.read(tmp_path / "new" / "file.jsonl") == runs
+    assert records.series_to_continue(runs, HERE) == "two"
+    assert records.series_to_continue(runs, HERE | {"cpu": "another"}) is None
+    table = make_tables(runs)["tiny"]
+    assert "code def" in table
+    assert "code abc" not in table
+
+
+def test_a_rerun_does_what_is_missing_and_again_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ran = tmp_path / "peers.jsonl", []
+
+    def fail_first_and_stop_at_the_fourth(python: str, peer: str, cell: Cell) -> Outcome:
+        ran.append(peer)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return (failed(peer, 0, "broke") if len(ran) == 1 else record_of(peer, 0)).outcome
+
+    def run(*words: str) -> int:
+        cell = ("--ranks", "1", "--precisions", "fp32", "--peers", "plain", "ours")
+        monkeypatch.setattr(sys, "argv", ["peers", "run", *cell, "--file", str(path), *words])
+        return command.main()
+
+    monkeypatch.setattr(command, "run_once", fail_first_and_stop_at_the_fourth)
+    here = HERE | {"code": records.code_digest()}
+    monkeypatch.setattr(records, "surroundings", lambda python: here)
+    with pytest.raises(KeyboardInterrupt):
+        run("--rounds", "5")
+    assert len(records.read(path)) == 3
+    assert run("--rounds", "5") == 1  # one failed before: it is not repeated until it passes
+    turns = command.turns([CELL], ["plain", "ours"], rounds=5)
+    assert len({peer for _, _, peer in turns[::2]}) == 2  # the order of a round is its own
+    assert [r.turn for r in records.read(path)] == turns
+    assert run("--rounds", "1", "--again") == 0
+    assert len({r.series for r in records.read(path)[:10]}) == 1
+    assert len({r.series for r in records.read(path)[9:]}) == 2
+
+
+def test_cases_and_styles_have_tables_of_their_own(tmp_path: Path) -> None:
+    resnet9, default = Cell("resnet9", "lean", 1, "fp32"), Cell("tiny", "default", 1, "fp32")
+    runs = [record_of("plain", 0), record_of("plain", 0, 5e3, base=replace(BASE, cell=default))]
+    runs += [record_of("plain", 0, 9e6, base=replace(BASE, cell=resnet9, series="later"))]
+    tables = make_tables(runs)
+    lean, rest = tables["tiny"].split("**1 rank, fp32, default**, 1 round:")
+    assert "**1 rank, fp32, lean**, 1 round:" in lean
+    assert (row_of("plain", lean)[1], row_of("plain", rest)[1]) == ("1,000", "5,000")
+    assert row_of("plain", tables["resnet9"])[1] == "9,000,000"
+    assert len({records.file_of(case) for case in CASES}) == len(CASES)
+    copy = tmp_path / "RESULTS.md"
+    copy.write_text(RESULTS.read_text())
+    for case in CASES:
+        write_between(copy, f"peers-{case}", tables[case])
+    assert all(tables[case].strip() in copy.read_text() for case in CASES)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_peer_that_takes_too_long_has_failed_and_leaves_no_rank(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    sleep = f"{sys.executable} -S -c 'import time; time.sleep(100)'"
+    python = script(
+        tmp_path / "python",
+        f'setsid {sleep} "$@" &\necho $! >> {pids}\n'  # as torchrun starts its ranks
+        f"{sleep} &\necho $! >> {pids}\nwait",
+    )
+    assert run_once(python, "plain", CELL, limit_sec=1.0).failed == "not done within 1 s"
+    rank, child = map(int, pids.read_text().split())
+    wait_until(lambda: not (read_stat(rank) or read_stat(child)), "one of them lives", 5.0)
+
+
+def test_a_peer_that_does_not_end_well_has_failed_and_says_why(tmp_path: Path) -> None:
+    error = "ModuleNotFoundError: No module named x"
+    codes = {"exit 3": "ended with 3", "exit 0": "0 of 1 ranks left a result"}
+    for text, why in {f"echo {error}; exit 1": error, **codes}.items():
+        assert run_once(script(tmp_path / "python", text), "fabric", CELL).failed == why
+
+
+def test_the_reason_is_what_the_first_rank_raised() -> None:
+    ranks = "  raise ValueError\n[rank1]: a.b.SomeError: none such\n[rank0]: RuntimeError: closed\n"
+    summary = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    assert reason_in(ranks + summary) == "a.b.SomeError: none such"
+    assert reason_in(summary) is None

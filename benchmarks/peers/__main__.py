@@ -1,182 +1,113 @@
-"""The same job in every peer, in turns: `python -m benchmarks.peers run`, then `table --write`."""
+"""The same job in every peer, in turns: `python -m benchmarks.peers run`, then `table --write`.
+
+    run --rounds 1 --ranks 1 --precisions fp32     try one cell once: 8 runs, two minutes
+
+Every run is kept as it ends, and a rerun does what is missing: of a series on the same machine,
+with the same versions and code. Another machine or another code begins a series of its own.
+"""
 
 import argparse
-import json
-import os
+import itertools
 import random
-import shutil
-import subprocess
+import signal
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from benchmarks.intervals import RESULTS, ROOT, machine, mean_and_half_width, write_between
+from benchmarks.intervals import RESULTS, ROOT, write_between
+from benchmarks.peers import records
 from benchmarks.peers.job import CASES
+from benchmarks.peers.records import Cell, Record
+from benchmarks.peers.run_once import run_once
+from benchmarks.peers.table import make_tables
 from benchmarks.peers.worker import PEERS
 
-FILE = ROOT / "benchmarks" / "results" / "peers.json"
-PACKAGES = ("torch", "lightning", "accelerate", "pytorch-ignite", "transformers")
-SAME_TO = 1e-3  # relative, of the weights' norm with an optimizer that is not fused
-LIMIT_SEC = 600.0
 
-
-def main() -> None:
-    """Run the command line."""
+def main() -> int:
+    """Run the command line; returns 1 if a run failed, now or before in the same series."""
     asked = _parse()
-    if asked.verb == "table":
-        text = make_table(json.loads(asked.file.read_text()))
-        if asked.write:
-            write_between(RESULTS, "peers", text)
-        else:
+    if asked.verb == "run":
+        return _run(asked)
+    for case in CASES:
+        text = make_tables(records.read(asked.file or records.file_of(case))).get(case)
+        if text is not None and asked.write:
+            write_between(RESULTS, f"peers-{case}", text)
+        elif text is not None:
             print(text)
-        return
-    record: dict[str, Any] = {
-        "machine": machine(),
-        "versions": _versions(asked.python),
-        "date": time.strftime("%Y-%m-%d"),
-        "case": asked.case,
-        "runs": [],
-    }
-    dice = random.Random(0)
-    for number in range(asked.rounds):
-        for ranks in asked.ranks:
-            for precision in asked.precisions:
-                for style in asked.styles:
-                    cell = {"ranks": ranks, "precision": precision, "style": style}
-                    peers = list(asked.peers)
-                    dice.shuffle(peers)
-                    found = {peer: run(asked.python, peer, asked.case, **cell) for peer in peers}
-                    check_same(found)
-                    record["runs"] += [
-                        {"round": number, "peer": peer, **cell, **values}
-                        for peer, values in found.items()
-                    ]
-        asked.file.parent.mkdir(parents=True, exist_ok=True)
-        asked.file.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"round {number + 1} of {asked.rounds}\n{make_table(record)}\n", flush=True)
+    return 0
 
 
-def run(
-    python: str, peer: str, case: str, *, ranks: int, precision: str, style: str
-) -> dict[str, Any]:
-    """Run one peer once; returns the means over its ranks."""
-    folder = Path(tempfile.mkdtemp(prefix="peers-"))
-    words = [peer, "--case", case, "--precision", precision, "--style", style]
-    words += ["--folder", str(folder), "--begun", str(time.time())]
-    start = ["-m", "benchmarks.peers.worker"]
-    if ranks > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *start]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run(
-            [python, *start, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_SEC,
-        )
-        if done.returncode != 0:
-            sys.exit(f"peers: error: {peer} on {ranks} ranks failed:\n{done.stdout[-3000:]}")
-        results = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-    finally:
-        shutil.rmtree(folder)
-    assert len(results) == ranks, f"{peer}: {len(results)} of {ranks} ranks left a result"
-    assert len({r["weights_sha256"] for r in results}) == 1, f"{peer}: the ranks' weights differ"
-    means = {
-        key: sum(r[key] for r in results) / ranks
-        for key, value in results[0].items()
-        if isinstance(value, float)
-    }
-    return means | {"weights_sha256": results[0]["weights_sha256"]}
+def turns(
+    cells: Sequence[Cell], peers: Sequence[str], *, rounds: int
+) -> list[tuple[Cell, int, str]]:
+    """Return all runs in order: in each round every cell, in it the peers in an order of its own.
 
-
-def check_same(found: dict[str, dict[str, Any]]) -> None:
-    """End if the peers did not do the same job: their weights must have the same bits.
-
-    The plain loop's optimizer is not fused and rounds otherwise.
+    The orders depend on cell and round alone, so that a rerun goes on in the same ones.
     """
-    exact = {r["weights_sha256"] for peer, r in found.items() if peer != "plain"}
-    if len(exact) > 1:
-        told = {peer: r["weights_sha256"][:8] for peer, r in found.items()}
-        sys.exit(f"peers: error: the peers ended with different weights: {told}")
-    norms = [r["norm"] for r in found.values()]
-    if max(norms) > min(norms) * (1 + SAME_TO):
-        sys.exit(f"peers: error: the norms of the weights differ: {norms}")
+    found = []
+    for number in range(rounds):
+        for cell in cells:
+            order = list(PEERS)
+            random.Random(f"{number} {cell}").shuffle(order)
+            found += [(cell, number, peer) for peer in order if peer in peers]
+    return found
 
 
-def make_table(record: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    runs = record["runs"]
-    cells = sorted({(r["style"], r["ranks"], r["precision"]) for r in runs}, reverse=True)
-    lines = [
-        f"{record['case']} net, {len({r['round'] for r in runs})} rounds, {record['date']}; "
-        + ", ".join(f"{name} {v}" for name, v in (record["machine"] | record["versions"]).items()),
-        "",
-    ]
-    for style, ranks, precision in cells:
-        here = [
-            r for r in runs if (r["style"], r["ranks"], r["precision"]) == (style, ranks, precision)
-        ]
-        lines += [
-            f"{ranks} rank{'s' if ranks > 1 else ''}, {precision}, {style}:",
-            "",
-            "| loop | CPU us a step | over plain | over the fastest by hand | images/s | "
-            "first step after | memory |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for peer in PEERS:
-            mine = [r for r in here if r["peer"] == peer]
-            if not mine:
-                continue
-            values = [_mean(mine, "cpu_us"), _over(here, mine, "plain"), _over(here, mine, "fast")]
-            values += [
-                f"{statistics_mean(mine, 'images_per_sec'):,.0f}",
-                f"{statistics_mean(mine, 'first_step_sec'):.1f} s",
-                f"{statistics_mean(mine, 'peak_rss_mib'):.0f} MiB",
-            ]
-            lines.append(f"| {peer} | {' | '.join(values)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def statistics_mean(runs: list[dict[str, Any]], key: str) -> float:
-    """Return the mean of one value."""
-    return sum(r[key] for r in runs) / len(runs)
-
-
-def _mean(runs: list[dict[str, Any]], key: str) -> str:
-    return f"{statistics_mean(runs, key):,.0f}"
-
-
-def _over(here: list[dict[str, Any]], mine: list[dict[str, Any]], base: str) -> str:
-    """Return the mean difference to `base` of the same round, with its 95 % interval."""
-    of_round = {r["round"]: r["cpu_us"] for r in here if r["peer"] == base}
-    differences = [r["cpu_us"] - of_round[r["round"]] for r in mine if r["round"] in of_round]
-    if not differences or mine[0]["peer"] == base:
-        return ""
-    mean, half = mean_and_half_width(differences)
-    return f"{mean:+.0f} +- {half:.0f}"
-
-
-def _versions(python: str) -> dict[str, str]:
-    code = (
-        "import importlib.metadata as m, json, sys\n"
-        "print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    )
-    done = subprocess.run([python, "-c", code, *PACKAGES], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"peers: error: {python} lacks a peer: run `make bench-peers`\n{done.stderr}")
-    return json.loads(done.stdout)
+def _run(asked: argparse.Namespace) -> int:
+    here = records.surroundings(asked.python)
+    lacking = [p for p in asked.peers if here.get(records.PACKAGES.get(p, "")) == records.ABSENT]
+    if lacking:
+        sys.exit(f"peers: error: {asked.python} lacks {lacking}: run `make bench-peers`")
+    path = asked.file or records.file_of(asked.case)
+    before = records.read(path)
+    series = None if asked.again else records.series_to_continue(before, here)
+    series = series or datetime.now().isoformat()
+    kept = [r for r in before if r.series == series]
+    print(f"{path}: {len(kept)} runs of this series, {len(before) - len(kept)} set aside of others")
+    choices = itertools.product([asked.case], asked.styles, asked.ranks, asked.precisions)
+    cells = [Cell(*choice) for choice in choices]
+    done = {r.turn for r in kept}
+    to_do = [t for t in turns(cells, asked.peers, rounds=asked.rounds) if t not in done]
+    for count, (cell, number, peer) in enumerate(to_do, 1):
+        if records.code_digest() != here["code"]:
+            sys.exit("peers: error: the code has changed meanwhile: run again for a new series")
+        begun = time.monotonic()
+        outcome = run_once(asked.python, peer, cell)
+        record = Record(
+            series=series,
+            surroundings=here,
+            date=time.strftime("%Y-%m-%d"),
+            cell=cell,
+            round=number,
+            peer=peer,
+            outcome=outcome,
+        )
+        records.append(path, record)
+        kept.append(record)
+        told = outcome.failed or f"{outcome.values['cpu_us']:,.0f} us"
+        print(
+            f"{count} of {len(to_do)}: round {number + 1}, {cell.ranks} x {cell.precision}, "
+            f"{cell.style}: {peer} {told} [{time.monotonic() - begun:.0f} s]",
+            flush=True,
+        )
+    for text in make_tables(kept).values():
+        print(f"\n{text}")
+    failed = [r for r in records.judged(kept) if r.outcome.failed is not None]
+    for r in failed:
+        print(f"peers: error: {r.peer}, round {r.round + 1}, {r.cell}: {r.outcome.failed}")
+    return 1 if failed else 0
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    runs = verbs.add_parser("run", help="run all peers in turns and write the results")
+    runs = verbs.add_parser("run", help="run all peers in turns and keep the results")
     runs.add_argument("--python", default=str(ROOT / ".venv-peers" / "bin" / "python"))
     runs.add_argument("--rounds", type=int, default=9)
     runs.add_argument("--case", choices=CASES, default="tiny")
@@ -184,12 +115,15 @@ def _parse() -> argparse.Namespace:
     runs.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     runs.add_argument("--styles", nargs="+", default=["lean"], choices=("lean", "default"))
     runs.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
-    runs.add_argument("--file", type=Path, default=FILE)
-    table = verbs.add_parser("table", help="print the table of the results")
-    table.add_argument("--file", type=Path, default=FILE)
-    table.add_argument("--write", action="store_true", help="put it into benchmarks/RESULTS.md")
+    runs.add_argument("--file", type=Path, help="keep them there, not in benchmarks/results")
+    runs.add_argument("--again", action="store_true", help="begin anew, whatever is there")
+    table = verbs.add_parser("table", help="print the tables of the results")
+    table.add_argument("--file", type=Path)
+    table.add_argument("--write", action="store_true", help="put them into benchmarks/RESULTS.md")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    # Leaving by an exception, it ends the ranks that run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 EPOCH = 97  # steps; prime, so that no peer's own period falls on its ends
+WARM_STEPS = 10  # where the only epoch is measured
 PEAK_LR = 0.0625  # a power of two: peak * (1 - x) and peak - peak * x have the same bits
 NUM_CLASSES = 10
 
@@ -68,7 +70,9 @@ class Job:
     asked: int = 0  # batches handed out so far
     cpu_sec: list[float] = field(default_factory=list)  # of this process, as each was asked for
     wall_sec: list[float] = field(default_factory=list)
-    children_sec: list[float] = field(default_factory=list)  # of its children, at epochs' starts
+    children_sec: list[float] = field(default_factory=list)  # CPU time, at both ends of `window`
+    children_mib: float = 0.0  # their peak memory
+    throw_away_sec: float = 0.0  # of the start, for a step that is not one of the job's
 
     @property
     def total_steps(self) -> int:
@@ -77,6 +81,13 @@ class Job:
     @property
     def epochs(self) -> int:
         return self.case.warm_epochs + self.case.epochs
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Return two steps: from the start of one to the start of the other is measured."""
+        if self.case.epochs == 1:  # a net of which an epoch is long
+            return WARM_STEPS, self.total_steps - 1
+        return self.case.warm_epochs * EPOCH, (self.epochs - 1) * EPOCH
 
     def model(self) -> nn.Module:
         """Return the network, its weights the same for every peer."""
@@ -114,6 +125,7 @@ class Batches:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._first, self._last = job.window
         count = 8  # different ones, in turn: they stay in the cache, whoever trains on them
         generator = torch.Generator().manual_seed(1 + job.rank)
         shape = (job.case.batch_size, 3, 32, 32)
@@ -137,10 +149,13 @@ class Batches:
     def take(self) -> tuple[Tensor, Tensor]:
         """Return the next batch: images (n, 3, 32, 32) float32, labels (n,) int64."""
         job = self._job
-        if job.asked % EPOCH == 0:
-            job.children_sec.append(_children_sec())
+        if job.asked == self._first:  # outside of the window, as it takes a millisecond
+            job.children_sec.append(_children()[0])
         job.cpu_sec.append(time.process_time())
         job.wall_sec.append(time.time())
+        if job.asked == self._last:
+            cpu_sec, job.children_mib = _children()
+            job.children_sec.append(cpu_sec)
         batch = self._batches[job.asked % len(self._batches)]
         job.asked += 1
         return batch
@@ -155,15 +170,13 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
             has running statistics of its own.
         begun: time.time() when the command was given.
     """
-    warm = job.case.warm_epochs
-    first, last = warm * EPOCH, (job.epochs - 1) * EPOCH
-    if job.case.epochs == 1:  # a net of which an epoch is long
-        first, last = 10, job.total_steps - 1
+    first, last = job.window
     steps = last - first
     wall = job.wall_sec[first : last + 1]
     walls = sorted(b - a for a, b in itertools.pairwise(wall))
-    children = job.children_sec[-1] - job.children_sec[warm]
+    children = job.children_sec[1] - job.children_sec[0]
     cpu = job.cpu_sec[last] - job.cpu_sec[first]
+    first_step_sec = job.wall_sec[1] - begun  # the second batch is asked for at its end
     peak_rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with torch.device("meta"):  # for the names alone
         params = {name: weights[name].detach() for name, _ in job.model().named_parameters()}
@@ -180,21 +193,31 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
         * job.world_size
         * steps
         / (job.wall_sec[last] - job.wall_sec[first]),
-        "first_step_sec": job.wall_sec[1] - begun,
-        "peak_rss_mib": peak_rss_mib,
+        "first_step_sec": first_step_sec,
+        "throw_away_sec": job.throw_away_sec,
+        "first_step_apart_sec": first_step_sec - job.throw_away_sec,
+        "peak_rss_mib": peak_rss_mib + job.children_mib,
         "weights_sha256": digest.hexdigest(),
         "norm": float(sum(p.double().pow(2).sum() for p in params.values()) ** 0.5),
     }
 
 
-def _children_sec() -> float:
-    """Return the CPU seconds that this process's living children have used."""
-    ticks, own = 0, str(os.getpid())
+def _children() -> tuple[float, float]:
+    """Return what this process's children cost: CPU seconds, ended ones' too, and peak MiB.
+
+    The kernel counts the time of a child in hundredths of a second: 5 us a step of the tiny net.
+    """
+    ended = os.times()
+    ticks, kib, own = 0, 0, str(os.getpid())
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
+            if fields[1] != own:
+                continue
+            peak = re.search(r"VmHWM:\s+(\d+)", stat.with_name("status").read_text())
         except OSError:
             continue  # it ended meanwhile
-        if fields[1] == own:
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        ticks += sum(map(int, fields[11:15]))  # its own, and of those that it has waited for
+        kib += int(peak[1]) if peak else 0
+    living_sec = ticks / os.sysconf("SC_CLK_TCK")
+    return living_sec + ended.children_user + ended.children_system, kib / 1024

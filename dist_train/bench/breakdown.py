@@ -73,6 +73,14 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
     }
 
 
+def alone_seconds(launch: dict[str, Any]) -> float | None:
+    """Return the seconds of a usual rank's step without the others; None if not measured."""
+    ranks = launch["ranks"]
+    if "alone" not in ranks[0]["blocks"]:
+        return None
+    return _usual([_median_block(rank, "alone") for rank in ranks])
+
+
 def slowest_rank(launch: dict[str, Any]) -> tuple[int, str, float] | None:
     """Return (rank, host, times a usual rank's step) of the slowest rank, measured alone."""
     ranks = launch["ranks"]
@@ -92,6 +100,22 @@ def lost(parts: dict[str, float], alone: dict[str, float], *, shrink: float) -> 
         shrink: the batch of one rank, as a share of that on one rank.
     """
     return {name: parts[name] - shrink * alone[name] for name in PARTS}
+
+
+def losses_of(setups: list[dict[str, Any]]) -> list[tuple[str, dict[str, float], float]]:
+    """Return (name, seconds lost by part, seconds of a step) of each point, but for the first.
+
+    The first of a curve is what its others are measured by.
+    """
+    return [
+        (
+            f"{scaling}, {result['num_ranks']} x {result['batch_size']}",
+            parts,
+            result["step_sec"]["value"],
+        )
+        for result in setups
+        for scaling, parts in result["lost_sec"].items()
+    ]
 
 
 def all_steps(launch: dict[str, Any]) -> Iterator[float]:

@@ -8,7 +8,8 @@ from dist_train.bench.breakdown import MEANS, PARTS
 from dist_train.bench.intervals import T_95
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
-OF_THE_JOB = ("precision", "threads", "sync", "micro_batch_size")  # told where they differ
+# Told where they differ.
+OF_THE_JOB = ("precision", "memory_format", "threads", "sync", "micro_batch_size")
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:

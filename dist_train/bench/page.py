@@ -3,10 +3,11 @@
 import html
 import io
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from dist_train.bench.breakdown import MEANS, PARTS
+from dist_train.bench.breakdown import MEANS, PARTS, losses_of
 from dist_train.bench.report import as_text
 from dist_train.config import ConfigError
 
@@ -22,6 +23,7 @@ COLOURS = {
     "residual": "#BBBBBB",
 }
 LINES = {"strong": ("#0072B2", "o"), "weak": ("#D55E00", "s")}
+NETWORK_LINES = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"))  # as in scale.NETWORKS
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;"
     "color:#222}pre{background:#f5f5f5;padding:1rem;overflow-x:auto;font-size:.85rem}"
@@ -53,33 +55,56 @@ def write_page(report: dict[str, Any], path: Path) -> list[Path]:
 
 
 def _figure(report: dict[str, Any]) -> Any:
+    """Draw a panel for each thing that was measured, in one row or two."""
     from matplotlib.figure import Figure
 
-    setups = report["setups"]
-    with_parts = [r for r in setups if r["parts_sec"] is not None]
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
+    setups, scale = report["setups"], report["scale"]
+    parts = [
+        (f"{r['num_ranks']} x {r['batch_size']}", r["parts_sec"])
+        for r in setups
+        if r["parts_sec"] is not None
+    ]
+    losses = [(f"{name}\n{_residual(lost)}", lost) for name, lost, _ in losses_of(setups)]
+    panels = [["rates", "shares", "predicted"] if scale else ["rates", "shares"]]
+    heights = [4.4]
+    if parts:
+        panels.append(["parts", "lost"] if losses else ["parts"])
+        heights.append(2.0 + 0.45 * max(len(parts), len(losses)))
+    figure = Figure(figsize=(14, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes: dict[str, Any] = {}
+    for row, names in zip(rows, panels, strict=True):
+        axes |= row.subplot_mosaic([names])
+    _draw_measured(axes["rates"], axes["shares"], setups)
+    if scale:
+        _draw_predicted(axes["predicted"], scale)
+    if parts:
+        _draw_bars(axes["parts"], parts, "where the time goes (ranks x batch of a rank)")
+        handles, labels = axes["parts"].get_legend_handles_labels()
+        rows[1].legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    if losses:
+        title = "why efficiency was lost:\nms above those of as many samples on the fewest ranks"
+        _draw_bars(axes["lost"], losses, title)
+    return figure
+
+
+def _residual(lost: dict[str, float]) -> str:
+    return f"{MEANS['residual']}: {1000 * lost['residual']:+.2f} ms"
+
+
+def _draw_measured(rates: Any, shares: Any, setups: list[dict[str, Any]]) -> None:
     for scaling, (colour, marker) in LINES.items():
         curve = sorted(
             (r for r in setups if scaling in r["scalings"]), key=lambda r: r["num_ranks"]
         )
         if curve:
-            _draw_curve(left, middle, curve, scaling, colour, marker)
+            _draw_curve(rates, shares, curve, scaling, colour, marker)
     counts = sorted({r["num_ranks"] for r in setups})
-    for axes, title in ((left, "images/s"), (middle, "efficiency")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-        axes.set_xlabel("ranks")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-    left.set_yscale("log")
-    left.legend(frameon=False)
-    middle.set_ylim(0, 1.15)
-    middle.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    if with_parts:
-        _draw_parts(right, with_parts)
-    return figure
+    _prepare(rates, "images/s", counts)
+    rates.set_yscale("log")
+    rates.legend(frameon=False)
+    _prepare_shares(shares, "efficiency", counts)
+    shares.legend(frameon=False, loc="lower left")
 
 
 def _draw_curve(
@@ -101,19 +126,48 @@ def _draw_curve(
     rates.plot(counts, [first * n for n in counts], color=colour, ls=":", label=ideal)
 
 
-def _draw_parts(axes: Any, setups: list[dict[str, Any]]) -> None:
-    names = [f"{r['num_ranks']} x {r['batch_size']}" for r in setups]
-    bars = [_bars(r["parts_sec"]) for r in setups]
+def _draw_predicted(axes: Any, scale: dict[str, Any]) -> None:
+    """Draw what the model of scale says, and write how wrong it was where it was measured."""
+    for network, (colour, marker) in zip(scale["networks"], NETWORK_LINES, strict=True):
+        counts, shares = zip(*network["efficiency"], strict=True)
+        axes.plot(counts, shares, color=colour, marker=marker, label=network["name"])
+    errors = [f"{c['num_ranks']} x {c['batch_size']}: {c['error']:+.1%}" for c in scale["checked"]]
+    whole = [error.replace(" ", "\xa0") for error in errors]  # no line ends within one
+    told = f"error of the step here, {', '.join(whole)}" if errors else "error: not measured"
+    title = f"efficiency as the model of scale predicts it\n{textwrap.fill(told, 52)}"
+    counts = [count for count, _ in scale["networks"][0]["efficiency"]]
+    _prepare_shares(axes, title, counts)
+    axes.legend(frameon=False, loc="lower left", fontsize=8)
+
+
+def _prepare_shares(axes: Any, title: str, counts: list[int]) -> None:
+    _prepare(axes, title, counts)
+    axes.axhline(1.0, color="#222222", ls=":", label="ideal")
+    axes.set_ylim(0, 1.15)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _prepare(axes: Any, title: str, counts: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+
+
+def _draw_bars(axes: Any, rows: list[tuple[str, dict[str, float]]], title: str) -> None:
+    """Draw a bar for each (name, seconds by part)."""
+    names = [name for name, _ in rows]
+    bars = [_bars(parts_sec) for _, parts_sec in rows]
     for part in PARTS:
         starts, widths = ([1000 * bar[part][i] for bar in bars] for i in range(2))
         axes.barh(names, widths, left=starts, color=COLOURS[part], label=MEANS[part], height=0.6)
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
-    title = "where the time goes (ranks x batch of a rank)"
     if any(width < 0 for bar in bars for _, width in bar.values()):
         title += "\nleft of zero: what came out negative"
-    axes.set_title(title)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    axes.set_title(title, fontsize=10)
 
 
 def _bars(parts_sec: dict[str, float]) -> dict[str, tuple[float, float]]:

@@ -2,15 +2,16 @@
 
 from typing import Any
 
-from dist_train.bench.breakdown import MEANS, PARTS
+from dist_train.bench.breakdown import MEANS, PARTS, losses_of
 
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the whole report as text."""
-    machine = report["machine"]
+    machine, first = report["machine"], report["setups"][0]
     lines = [
         f"{report['experiment']} on {machine['device']}, {machine['cpu']}; torch "
-        f"{machine['torch']}; {report['repeats']} launches of each, in turns",
+        f"{machine['torch']}, {first['precision']}, {first['memory_format']}; "
+        f"{report['repeats']} launches of each, in turns",
         "",
     ]
     for scaling, title in (
@@ -22,6 +23,7 @@ def as_text(report: dict[str, Any]) -> str:
             lines += [f"{scaling} scaling: {title}", *_curve(curve, scaling), ""]
     lines += [_peaks(report["setups"]), ""]
     lines += ["where the time of a step goes, ms (share)", *_breakdown(report["setups"]), ""]
+    lines += _losses(report["setups"])
     if report["scale"] is not None:
         lines += [*_scale(report["scale"]), ""]
     unsteady = [r["num_ranks"] for r in report["setups"] if not r["steady"]]
@@ -66,6 +68,23 @@ def _breakdown(setups: list[dict[str, Any]]) -> list[str]:
     return _table(head, rows)
 
 
+def _losses(setups: list[dict[str, Any]]) -> list[str]:
+    """Return what each part lost; the shares add up to what an efficiency lacks of 100 %."""
+    losses = losses_of(setups)
+    if not losses:
+        return []
+
+    def row(name: str, values: list[float]) -> tuple[str, ...]:
+        cells = zip(values, losses, strict=True)
+        return name, *(f"{1000 * sec:+.2f} ({sec / step:+.1%})" for sec, (_, _, step) in cells)
+
+    head = ("", *(name for name, _, _ in losses))
+    rows = [row(MEANS[part], [lost[part] for _, lost, _ in losses]) for part in PARTS]
+    rows.append(row("together", [sum(lost.values()) for _, lost, _ in losses]))
+    title = "why efficiency was lost: ms above those of as many samples on the fewest ranks (share)"
+    return [title, *_table(head, rows), ""]
+
+
 def _peaks(setups: list[dict[str, Any]]) -> str:
     """Say what MFU is a share of; on a CPU every setup has measured its own."""
     rates = sorted(r["peak_flops_per_sec"] / 1e12 for r in setups)
@@ -83,6 +102,8 @@ def _scale(scale: dict[str, Any]) -> list[str]:
         f"{1e6 * c['latency_sec']:.0f} us, {c['bytes_per_sec'] / 1e9:.2f} GB/s"
         for c in scale["checked"]
     ]
+    if not scale["checked"]:
+        lines.append("  here: no all-reduce was measured that takes longer the larger it is")
     counts = [count for count, _ in scale["networks"][0]["efficiency"]]
     head = ("efficiency of this step on ranks:", *(f"{count:,}" for count in counts))
     rows = [

@@ -9,6 +9,7 @@
         step_sec_p50, _p90, _p99        of all single steps
         speedup, efficiency             by scaling: {value, low, high}, against the fewest ranks
         parts_sec, lost_sec             by part (breakdown.PARTS); lost: against the fewest ranks
+        alone_sec                       a usual rank's step without the others, its batch ready
         jitter_sec                      standard deviation of the steps of one rank alone
         slowest_rank                    rank, host, times
         mfu, peak_flops_per_sec, peak_source, flops_per_sample
@@ -16,12 +17,14 @@
         warm_up_steps, steady, start_to_first_step_sec
         save_sec                        what a step waits for when the state is saved
         reference_sec_of_launches       a fixed convolution: how fast the machine was
-        precision, sync, all_reduce, gradient_bytes, gradient_times, micro_batch_size, threads
+        precision, memory_format, sync, all_reduce, gradient_bytes, gradient_times,
+        micro_batch_size, threads
     advice          text, part, gain (share of the step's time)
     scale           checked: the model of scale against what was measured; networks: what it says;
                     goodput: the useful share of the time with failures, and what it assumes
 
-Imports no torch.
+A new key leaves the schema's number as it is: readers do without what an older report lacks. One
+that goes, or means something else, raises it. Imports no torch.
 """
 
 import math
@@ -30,7 +33,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dist_train.bench.breakdown import PARTS, all_steps, lost, parts_of, slowest_rank, step_seconds
+from dist_train.bench.breakdown import (
+    PARTS,
+    all_steps,
+    alone_seconds,
+    lost,
+    parts_of,
+    slowest_rank,
+    step_seconds,
+)
 from dist_train.bench.intervals import geometric_mean_of, quantile
 from dist_train.bench.launches import Setup
 
@@ -81,6 +92,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{f"step_sec_{name}": quantile(singles, share) for name, share in QUANTILES},
         "parts_sec": _mean_parts(launches),
         "lost_sec": {},
+        "alone_sec": _mean_alone(launches),
         "jitter_sec": _jitter(launches),
         "slowest_rank": _slowest(launches),
         "mfu": needed / (setup.num_ranks * peak),
@@ -102,6 +114,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
             key: first[key]
             for key in (
                 "precision",
+                "memory_format",
                 "sync",
                 "flops_per_sample",
                 "gradient_bytes",
@@ -129,6 +142,11 @@ def _mean_parts(launches: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     if not found:
         return None
     return {name: statistics.fmean(parts[name] for parts in found) for name in PARTS}
+
+
+def _mean_alone(launches: Sequence[dict[str, Any]]) -> float | None:
+    found = [sec for sec in map(alone_seconds, launches) if sec is not None]
+    return statistics.fmean(found) if found else None
 
 
 def _slowest(launches: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ Time of an all-reduce of n bytes over p ranks, with latency a and bandwidth b of
     ring    2 (p - 1) a + 2 (p - 1) / p * n / b     (Patarasuk and Yuan 2009, JPDC 69:117)
     tree    2 log2(p) a + 2 n / b                   (Sanders, Speck, Traeff 2009, ParCo 35:581)
 and on nodes of g ranks: a reduce-scatter inside, an all-reduce of a g-th between the nodes, an
-all-gather inside. The shorter of ring and tree counts, as NCCL chooses.
+all-gather inside. On the networks below the shorter of ring and tree counts, as NCCL chooses; on
+the link found here the ring, to which it is fitted.
 
 Imports no torch.
 """
@@ -53,7 +54,7 @@ NETWORKS = (
 class Step:
     """One rank's step without the others, and what it must exchange."""
 
-    before_sec: float  # data, host, forward
+    before_sec: float  # data, host, forward: all but the next two
     backward_sec: float
     after_sec: float  # optimizer
     jitter_sec: float  # standard deviation of the whole, between ranks and steps
@@ -65,14 +66,19 @@ class Step:
         return self.before_sec + self.backward_sec + self.after_sec
 
 
+def ring_sec(num_bytes: float, count: int, link: Link) -> float:
+    """Return the time of an all-reduce in a ring of `count` ranks."""
+    hops, moved = _ring(count)
+    return hops * link.latency_sec + moved * num_bytes / link.bytes_per_sec
+
+
 def all_reduce_sec(num_bytes: float, count: int, link: Link) -> float:
-    """Return the time of an all-reduce over `count` ranks on one kind of link."""
+    """Return the time of an all-reduce over `count` ranks on one kind of link: ring or tree."""
     if count == 1:
         return 0.0
     a, b = link.latency_sec, link.bytes_per_sec
-    ring = 2 * (count - 1) * a + 2 * (count - 1) / count * num_bytes / b
     tree = 2 * math.log2(count) * a + 2 * num_bytes / b
-    return min(ring, tree)
+    return min(ring_sec(num_bytes, count, link), tree)
 
 
 def hierarchical_sec(num_bytes: float, count: int, network: Network) -> float:
@@ -94,7 +100,7 @@ def fitted_link(sweep: Sequence[Sequence[float]], count: int) -> Link | None:
     if count < 2 or len(sweep) < 2:
         return None
     # Weighted least squares of sec = x * hops + y * moved, weights 1 / sec^2.
-    hops, moved = 2.0 * (count - 1), 2.0 * (count - 1) / count
+    hops, moved = _ring(count)
     rows = [(hops / sec, moved * size / sec) for size, sec in sweep]
     aa, ab, bb = (
         sum(r[0] * r[0] for r in rows),
@@ -155,15 +161,18 @@ def goodput(count: int, *, save_sec: float, restart_sec: float, mtbf_hours_of_on
 
 
 def step_of(result: dict[str, Any]) -> Step | None:
-    """Return the step that was measured on one rank of a setup."""
+    """Return the step of a usual rank of a setup, as it was measured without the others.
+
+    Only the wait for data is that of the whole step.
+    """
     parts = result["parts_sec"]
     if parts is None:
         return None
     last = max((sec for _, sec in result["gradient_times"]), default=0.0) or 1.0
     return Step(
-        before_sec=parts["data"] + parts["host"] + parts["forward"],
+        before_sec=parts["data"] + result["alone_sec"] - parts["backward"] - parts["optimizer"],
         backward_sec=parts["backward"],
-        after_sec=parts["optimizer"] + parts["residual"],
+        after_sec=parts["optimizer"],
         jitter_sec=result["jitter_sec"],
         gradient_times=tuple((size, sec / last) for size, sec in result["gradient_times"]),
         overlapped=result["sync"] == "overlap",
@@ -173,7 +182,10 @@ def step_of(result: dict[str, Any]) -> Step | None:
 def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the model's error where it can be measured, and what it says of larger counts.
 
-    Weak scaling of the step of the largest setup.
+    Weak scaling of the step of the largest setup. What is checked is predicted from steps without
+    the other ranks and from the sweep of all-reduces, by the ring that the sweep was fitted to: the
+    residual of the very run would hide the model's error. The wait for data is no matter of the
+    model: it is taken as it was measured.
     """
     checked = []
     for result in setups:
@@ -185,7 +197,7 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         found = link
 
         def measured(size: float, count: int, link: Link = found) -> float:
-            return all_reduce_sec(size, count, link)
+            return ring_sec(size, count, link)
 
         told = step_sec(step, result["num_ranks"], measured)
         checked.append(
@@ -218,3 +230,8 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }
     useful = [[count, goodput(count, **usual)] for count in COUNTS]
     return {"checked": checked, "networks": networks, "goodput": usual | {"shares": useful}}
+
+
+def _ring(count: int) -> tuple[float, float]:
+    """Return the messages that follow each other, and how many times all bytes a rank sends."""
+    return 2.0 * (count - 1), 2.0 * (count - 1) / count

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dist_train.bench.clock import clock_for
 from dist_train.bench.machine_speed import (
@@ -198,7 +199,19 @@ def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "sync": parts.replica.form,
         "precision": parts.precision,
+        "memory_format": _memory_format(parts.replica.module),
     }
+
+
+def _memory_format(module: nn.Module) -> str:
+    """Return how the weights of convolutions lie; some (1 x 1) lie both ways and say nothing."""
+    wide = any(
+        param.ndim == 4
+        and not param.is_contiguous()
+        and param.is_contiguous(memory_format=torch.channels_last)
+        for param in module.parameters()
+    )
+    return "channels_last" if wide else "contiguous"
 
 
 def _peak_memory(device: torch.device) -> float:
