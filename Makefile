@@ -57,9 +57,9 @@ bench: $(STAMP) ## this repository's measurements, on an idle machine: two hours
 	$(BIN)/python -m benchmarks run $(ARGS)
 	$(BIN)/python -m benchmarks table --write
 
-bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in other frameworks: an idle machine, 45 minutes
-	$(BIN)/python -m benchmarks.peers run $(ARGS)
-	$(BIN)/python -m benchmarks.peers table --write
+bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in other frameworks: an idle machine, an hour
+	$(BIN)/python -m benchmarks.peers run $(ARGS) || failed=$$?; \
+	  $(BIN)/python -m benchmarks.peers table --write; exit $${failed:-0}
 
 gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
 	$(BIN)/python benchmarks/gpu_check.py
