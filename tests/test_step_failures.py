@@ -183,7 +183,7 @@ def check_all(
     scenarios: list[tuple[str, tuple[StepFault, ...]]],
     *options: str,
 ) -> None:
-    """Run every scenario, then each one's clean twin by the micro-batches that were in force."""
+    """Run every scenario, then its clean twin by the micro-batches that were in force."""
     monkey = pytest.MonkeyPatch()
     monkey.setenv("TEST_PORTS", ",".join(str(free_port()) for _ in scenarios))
     ports = {"TEST_PORTS": os.environ["TEST_PORTS"]}
@@ -200,17 +200,20 @@ def check_all(
         sizes = found[0][i].sizes
         plan: dict[int, Any] = {s: size for s, size in enumerate(sizes) if size is not None}
         plans.append(plan | {f.step: "skip" for f in faults if f.kind in ("nan", "inf")})
-    ports = {"TEST_PORTS": ",".join(str(free_port()) for _ in scenarios)}
-    twins = [
-        (small(tmp_path / f"clean{i}", *SETTINGS, *options), (), plan)
-        for i, plan in enumerate(plans)
+    twins = {tuple(plan.items()): plan for plan in plans}  # scenarios that end alike share one
+    numbers = {key: number for number, key in enumerate(twins)}
+    ports = {"TEST_PORTS": ",".join(str(free_port()) for _ in twins)}
+    jobs = [
+        (small(tmp_path / f"clean{number}", *SETTINGS, *options), (), plan)
+        for number, plan in enumerate(twins.values())
     ]
-    outcomes = start_ranks_of(follow_all, world_size, twins, env=ports, timeout_sec=400)
+    outcomes = start_ranks_of(follow_all, world_size, jobs, env=ports, timeout_sec=400)
     assert not [o.trace for o in outcomes if o.error or o.exit_code]
     clean = [o.value for o in outcomes]
     for i, (name, faults) in enumerate(scenarios):
-        _check_scenario(name, faults, [r[i] for r in found], [r[i] for r in clean])
-        _check_records(name, faults, tmp_path / f"fault{i}", tmp_path / f"clean{i}")
+        twin = numbers[tuple(plans[i].items())]
+        _check_scenario(name, faults, [r[i] for r in found], [r[twin] for r in clean])
+        _check_records(name, faults, tmp_path / f"fault{i}", tmp_path / f"clean{twin}")
 
 
 def _check_scenario(
