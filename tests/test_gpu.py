@@ -1,8 +1,10 @@
 """What only a GPU can show; `make gpu-check` runs these."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dist_train.distributed import start_ranks
 from dist_train.order import GlobalOrderSampler
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import metrics, small
+from tests.test_step_failures import Ended, follow
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +107,77 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path) -> None:
     run_ranks(trained, 1, small(tmp_path / "b", *options, "train.steps=17"))
     resumed = run_ranks(trained, 1, small(tmp_path / "b", *options, "train.steps=30"))[0]
     assert resumed["weights_sha256"] == clean["weights_sha256"]
+
+
+LARGE = (
+    "device=cuda",
+    "model.factory=dist_train.models:resnet18_cifar",
+    "data.args.num_train=2400",
+    "data.args.image_size=32",
+    "train.global_batch_size=512",
+    "train.steps=4",
+    "data.val_fraction=0",
+    "log_every=1",
+    "deterministic=true",
+)
+
+
+def squeezed(config: Config) -> Ended:
+    """Train; from step 2 on the GPU has room for 0.6 of what a step takes beyond the weights."""
+    from dist_train import train as loop
+
+    real = loop.train_step
+
+    def train_step(parts: Any, feed: Any, *, step: int, generation: int) -> Any:
+        if step == 2:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            _allow(torch.cuda.memory_reserved() + 0.6 * step_bytes)
+        return real(parts, feed, step=step, generation=generation)
+
+    with mock.patch.object(loop, "train_step", train_step):
+        return follow(config, (), {})
+
+
+def _allow(num_bytes: float) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(num_bytes / total)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_real_shortage_of_memory_costs_a_repeated_step(precision: str, tmp_path: Path) -> None:
+    options = (*LARGE, f"precision={precision}")
+    [short] = run_ranks(squeezed, 1, small(tmp_path / "short", *options))
+    lines = [json.loads(x) for x in (tmp_path / "short" / "events.jsonl").read_text().splitlines()]
+    told = [line for line in lines if line["event"] == "out_of_memory"]
+    assert told, "memory was not short"
+    assert (told[0]["step"], told[0]["from"], told[0]["to"]) == (2, 512, 256)
+    assert "CUDA out of memory" in told[0]["reason"]
+    assert short.sizes[:2] == [None, None]
+    assert short.sizes[2] == short.sizes[3] == told[-1]["to"]
+    plan = {2: short.sizes[2], 3: short.sizes[3]}
+    [clean] = run_ranks(follow, 1, small(tmp_path / "clean", *options), (), plan)
+    assert all(torch.equal(clean.weights[name], short.weights[name]) for name in clean.weights)
+
+
+def trained_with(config: Config, num_bytes: float | None) -> tuple[dict[str, Any], int]:
+    """Train with so much memory of the GPU; returns the summary, and the most that was in use."""
+    if num_bytes is not None:
+        _allow(num_bytes)
+    return trained(config), torch.cuda.max_memory_allocated()
+
+
+def test_auto_finds_a_micro_batch_that_fits(tmp_path: Path) -> None:
+    [(_, peak)] = run_ranks(trained_with, 1, small(tmp_path / "free", *LARGE), None)
+    config = small(tmp_path / "auto", *LARGE, "train.micro_batch_size=auto")
+    [(summary, most)] = run_ranks(trained_with, 1, config, 0.5 * peak)
+    assert summary["state"] == "finished"
+    assert most <= 0.5 * peak
+    lines = [json.loads(x) for x in (tmp_path / "auto" / "events.jsonl").read_text().splitlines()]
+    [found] = [line for line in lines if line["event"] == "micro_batch_size"]
+    assert 64 <= found["sizes"][0] < 512
+    assert not [line for line in lines if line["event"] == "out_of_memory"], "it did not fit"
 
 
 def test_more_local_ranks_than_gpus_are_refused_on_all_ranks(tmp_path: Path) -> None:
