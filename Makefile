@@ -53,9 +53,9 @@ reliability: $(STAMP) ## inject faults and append what came of them: ROWS="R1 R8
 	$(BIN)/python -m benchmarks.reliability run $(ROWS) $(if $(N),--n $(N)) $(ARGS)
 
 bench: $(STAMP) ## this repository's measurements, on an idle machine: two hours (ARGS=scaling: one)
-	$(if $(ARGS),,$(MAKE) bench-peers)
-	$(BIN)/python -m benchmarks run $(ARGS)
-	$(BIN)/python -m benchmarks table --write
+	failed=0; $(if $(ARGS),,$(MAKE) bench-peers || failed=$$?;) \
+	  $(BIN)/python -m benchmarks run $(ARGS) || failed=$$?; \
+	  $(BIN)/python -m benchmarks table --write; exit $$failed
 
 bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in other frameworks: an idle machine, an hour
 	$(BIN)/python -m benchmarks.peers run $(ARGS) || failed=$$?; \

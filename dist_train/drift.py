@@ -77,9 +77,11 @@ class DriftCheck:
         if odd:
             name = named[odd[0]][0]
             more = f" and {len(odd) - 1} other tensors" if len(odd) > 1 else ""
+            frozen = any(n == name and not p.requires_grad for n, p in self._named_params)
+            model = ", or the model changes it in its forward: make it a buffer" if frozen else ""
             raise RollBack(
                 f"the ranks' copies of {name}{more} differ after {step} steps "
-                f"({_who(columns[odd[0]])}): {self._cause}",
+                f"({_who(columns[odd[0]])}): {self._cause}{model}",
                 new_order=False,
             )
 

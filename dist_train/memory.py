@@ -42,7 +42,8 @@ def is_out_of_memory(error: Exception) -> bool:
     text = str(error)
     if NO_ENGINE in text and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return free < LITTLE_LEFT * total
+        allowed = torch.cuda.get_per_process_memory_fraction() * total  # to this process
+        return min(free, allowed - torch.cuda.memory_reserved()) < LITTLE_LEFT * total
     return any(word in text for word in SHORT_OF_MEMORY)
 
 

@@ -60,7 +60,12 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wrapped)
 
-    take = loop.train_step
+    take, train_on = loop.train_step, loop._train_on
+
+    def begun(parts: Any, data: Any, progress: Any, *args: Any) -> bool:
+        nonlocal step  # a resumed run may evaluate and save before its first step
+        step = progress.step - 1
+        return train_on(parts, data, progress, *args)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal step
@@ -72,7 +77,7 @@ def arm(fault: Fault) -> None:
             fire()
         return result
 
-    loop.train_step = counted
+    loop.train_step, loop._train_on = counted, begun
     if fault.place == "in the backward":
         build = loop.build_parts
 

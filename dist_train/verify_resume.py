@@ -192,12 +192,11 @@ def _verify(rehearsal: Rehearsal) -> int:
     found = compare(rehearsal.folder / "undisturbed", rehearsal.folder / "disturbed")
     if found is None:
         summary = json.loads((rehearsal.folder / "undisturbed" / "summary.json").read_text())
-        crossed = plan.total_steps // plan.steps_per_epoch
         _say(
             f"identical bit for bit after {len(faults) - len(missed)} of {len(faults)} kills and "
             f"stops: weights_sha256 {summary['weights_sha256'][:16]}, every line of metrics.jsonl"
         )
-        if crossed == 0:
+        if plan.total_steps <= plan.steps_per_epoch:
             _say(
                 "not tried: the end of an epoch, where the order of the samples changes: give "
                 f"--steps={plan.steps_per_epoch + STEPS_BEYOND_EPOCH}"

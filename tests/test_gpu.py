@@ -158,7 +158,8 @@ def test_a_real_shortage_of_memory_costs_a_repeated_step(precision: str, tmp_pat
     assert short.sizes[2] == short.sizes[3] == told[-1]["to"]
     plan = {2: short.sizes[2], 3: short.sizes[3]}
     [clean] = run_ranks(follow, 1, small(tmp_path / "clean", *options), (), plan)
-    assert all(torch.equal(clean.weights[name], short.weights[name]) for name in clean.weights)
+    for name, weight in clean.weights.items():  # short of memory cuDNN may choose another way
+        torch.testing.assert_close(short.weights[name], weight, rtol=0.02, atol=0.005)
 
 
 def trained_with(config: Config, num_bytes: float | None) -> tuple[dict[str, Any], int]:

@@ -13,6 +13,7 @@ import torch
 
 from dist_train.chain import read as read_chain
 from dist_train.config import Config
+from dist_train.memory import NO_ENGINE, is_out_of_memory
 from dist_train.overlap import BucketGradients
 from dist_train.recovery import Recovery, StepFailedError
 from tests.ranks import free_port, run_ranks, start_ranks_of
@@ -503,6 +504,19 @@ class _Defective:
 
     def __call__(self, jobs: Any) -> list[Ended]:
         return defective(self.defect, jobs)
+
+
+@pytest.mark.parametrize(
+    ("left", "reserved", "short"), [(90, 0, False), (1, 0, True), (90, 49, True)]
+)
+def test_cudnn_without_an_engine_is_short_of_memory_only_where_little_is_left(
+    left: int, reserved: int, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (left, 100))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.5)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    assert is_out_of_memory(RuntimeError(f"cuDNN: {NO_ENGINE} to run this")) is short
 
 
 def test_auto_takes_the_whole_share_where_memory_is_plenty(tmp_path: Path) -> None:

@@ -43,10 +43,11 @@ def test_a_model_with_hidden_state_is_found_out(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.exhaustive
-def test_a_training_shorter_than_an_epoch_says_what_it_does_not_prove(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("steps", ["4", "5"])
+def test_a_training_within_an_epoch_says_what_it_does_not_prove(
+    steps: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, errors = verify(capsys, "--kills", "1", "--steps", "4", "eval.every_epochs=null")
+    code, out, errors = verify(capsys, "--kills", "1", "--steps", steps, "eval.every_epochs=null")
     assert code == 0, out + errors
     assert "not tried: the end of an epoch" in out
     assert "give --steps=11" in out
