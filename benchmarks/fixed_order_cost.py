@@ -4,24 +4,19 @@ The same batches in fast and in fixed order, in turns, in the same processes; on
 both, as fixed order has it. Each ratio is of one pair of blocks of steps.
 """
 
-import json
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from benchmarks.intervals import ROOT, mean_and_half_width
+from benchmarks.intervals import mean_and_half_width
+from benchmarks.on_two_ranks import NUM_RANKS, be_a_rank, measured
 from benchmarks.opened import Opened, opened
 from dist_train.config.compose import compose
 from dist_train.distributed import start_ranks
 from dist_train.step import train_step
 
-NUM_RANKS, FILE = 2, "found.json"
 CASES = {  # the words; steps a block, pairs
     "tutorial CNN, batch 256": (("model=tutorial_cnn", "train.global_batch_size=256"), 20, 20),
     "ResNet-9, batch 256": (("model=resnet9", "train.global_batch_size=256"), 2, 20),
@@ -31,14 +26,7 @@ WORDS = ("experiment=cifar10_tutorial", "data=synthetic", "device=cpu", "threads
 
 def measure() -> dict[str, Any]:
     """Start two ranks for each case; return what they found."""
-    found = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={NUM_RANKS}", "-m", "benchmarks.fixed_order_cost"]
-            subprocess.run([*command, case, folder], check=True, stdout=sys.stderr, cwd=ROOT)
-            found.append(json.loads((Path(folder) / FILE).read_text()))
-    return {"cases": found}
+    return measured("benchmarks.fixed_order_cost", CASES)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -100,8 +88,5 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
     }
 
 
-if __name__ == "__main__":  # one of the ranks
-    case_name, run_folder = sys.argv[1:]
-    found_here = measure_case(case_name, run_folder)
-    if found_here is not None:
-        (Path(run_folder) / FILE).write_text(json.dumps(found_here))
+if __name__ == "__main__":
+    be_a_rank(measure_case)

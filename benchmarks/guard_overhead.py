@@ -10,21 +10,17 @@ by itself, and their sum set against the step.
 """
 
 import contextlib
-import json
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.intervals import ROOT, mean_and_half_width
+from benchmarks.intervals import mean_and_half_width
+from benchmarks.on_two_ranks import NUM_RANKS, be_a_rank, measured
 from benchmarks.opened import opened
 from dist_train.config.compose import compose
 from dist_train.data.feed import Feed
@@ -33,7 +29,6 @@ from dist_train.heartbeat import Pulse
 from dist_train.step import train_step
 from dist_train.watchdog import watch
 
-NUM_RANKS, FILE = 2, "found.json"
 BLOCKS, CALLS = 15, 50  # of each guard by itself
 CASES = {
     "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
@@ -63,14 +58,7 @@ def without_guards(parts: Any) -> Iterator[None]:
 
 def measure() -> dict[str, Any]:
     """Start two ranks for each case; return what they found."""
-    found = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={NUM_RANKS}", "-m", "benchmarks.guard_overhead"]
-            subprocess.run([*command, case, folder], check=True, stdout=sys.stderr, cwd=ROOT)
-            found.append(json.loads((Path(folder) / FILE).read_text()))
-    return {"cases": found}
+    return measured("benchmarks.guard_overhead", CASES)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -194,8 +182,5 @@ def _one_by_one(parts: Any, feed: Feed) -> dict[str, float]:
     return found
 
 
-if __name__ == "__main__":  # one of the ranks
-    case, run_folder = sys.argv[1:]
-    found_here = measure_case(case, run_folder)
-    if found_here is not None:
-        (Path(run_folder) / FILE).write_text(json.dumps(found_here))
+if __name__ == "__main__":
+    be_a_rank(measure_case)

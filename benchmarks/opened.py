@@ -10,11 +10,10 @@ from dist_train.data.feed import Feed
 from dist_train.data.loaders import open_data
 from dist_train.distributed import Ranks
 from dist_train.metrics import Meter
-from dist_train.order import GlobalOrderSampler
 from dist_train.plan import make_plan
 from dist_train.progress import Progress
 from dist_train.run import Run
-from dist_train.start import build_parts, throw_away_step
+from dist_train.start import build_parts, open_feed, throw_away_step
 from dist_train.state import Parts
 
 
@@ -39,15 +38,7 @@ def opened(config: Config, ranks: Ranks) -> Iterator[Opened]:
         meter = Meter(ranks, plan)
         progress = run.resume(parts, meter, data.fingerprint())
         throw_away_step(parts, data, step=0)
-        sampler = GlobalOrderSampler(
-            data.num_train,
-            global_batch_size=plan.global_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=config.seed,
-            num_shards=config.train.num_shards if config.train.order == "fixed" else None,
-        )
-        feed = Feed(data.loader, sampler, 10**9)
+        feed = open_feed(parts, data, last_step=10**9)
         try:
             yield Opened(run=run, parts=parts, feed=feed, meter=meter, progress=progress)
         finally:

@@ -139,9 +139,12 @@ def _muon(model: nn.Module, config: OptimConfig) -> Muon:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what a checkpoint holds of an optimizer; its settings stay the configuration's."""
+    """Load what a checkpoint holds of an optimizer; its settings stay the configuration's.
+
+    The learning rate is none of them: it is the last step's, until the next one has its own.
+    """
     settings = [
-        {key: value for key, value in group.items() if key != "params"}
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
     ]
     optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""From the configuration to the first step: the parts, the micro-batch that fits, a trial run."""
+"""From the configuration to the first step: parts, the micro-batch that fits, a trial, batches."""
 
 import contextlib
 import gc
@@ -17,12 +17,13 @@ from dist_train.build import (
 )
 from dist_train.config import Config
 from dist_train.data.batch import Batch
+from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
 from dist_train.drift import DAMAGED, DriftCheck
 from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.optim import Ema, build_optimizer, lean_step
-from dist_train.order import micro_batches, shards
+from dist_train.order import GlobalOrderSampler, micro_batches, shards
 from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.recovery import Recovery
@@ -177,6 +178,22 @@ def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
             repeat = parts.recovery.trial(failure, step)
     replica.gradients.begin()
     replica.buffers.restore()
+
+
+def open_feed(parts: Parts, data: Data, *, last_step: int, generation: int = 0) -> Feed:
+    """Return this rank's batches of every step before `last_step`."""
+    config, ranks = parts.config, parts.replica.ranks
+    sampler = GlobalOrderSampler(
+        data.num_train,
+        global_batch_size=parts.plan.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        generation=generation,
+        drop_last=config.train.drop_last,
+        num_shards=config.train.num_shards if config.train.order == "fixed" else None,
+    )
+    return Feed(data.loader, sampler, last_step)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from dist_train.distributed import shorten_timeouts, start_ranks
 from dist_train.endings import end_finished, end_preempted
 from dist_train.evaluation import evaluate_weights
 from dist_train.metrics import Meter
-from dist_train.order import GlobalOrderSampler
 from dist_train.plan import make_plan
 from dist_train.preemption import StopRequest, listen_for_stop
 from dist_train.profiling import traced
@@ -22,6 +21,7 @@ from dist_train.run import Run
 from dist_train.start import (
     build_parts,
     find_micro_batch_size,
+    open_feed,
     start_left_out_of_collections,
     throw_away_step,
 )
@@ -90,16 +90,6 @@ def _train_on(
     """Train from where `progress` is to the end; returns whether a rank asked to stop before."""
     config, plan, ranks = parts.config, parts.plan, parts.replica.ranks
     pulse = ranks.pulse
-    sampler = GlobalOrderSampler(
-        data.num_train,
-        global_batch_size=plan.global_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        generation=progress.generation,
-        drop_last=config.train.drop_last,
-        num_shards=config.train.num_shards if config.train.order == "fixed" else None,
-    )
     best_before = progress.best_step
     if _evaluate_if_due(parts, data, progress, run, stop):
         return True
@@ -107,7 +97,7 @@ def _train_on(
         # A run that began with another one's checkpoint has none of this step itself.
         _save(parts, progress, run, meter, must=True)
     last_step = progress.step if progress.patience_is_over else plan.total_steps
-    feed = Feed(data.loader, sampler, last_step)
+    feed = open_feed(parts, data, last_step=last_step, generation=progress.generation)
     meter.start(progress.step)
     save_due = False
     for step in traced(range(progress.step, last_step), config.profile, run.path, ranks):

@@ -12,7 +12,6 @@ import torch
 from dist_train.config import Config, ConfigError
 from dist_train.data.loaders import open_data
 from dist_train.distributed import start_ranks
-from dist_train.order import GlobalOrderSampler
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import metrics, small
 from tests.test_step_failures import Ended, follow
@@ -43,21 +42,17 @@ def waits(config: Config) -> list[int]:
     """Return how many times the host waited for the device in each of ten steps, with loading."""
     from dist_train import train as loop
     from dist_train.claim import open_run
-    from dist_train.data.feed import Feed
     from dist_train.metrics import Meter
     from dist_train.plan import make_plan
-    from dist_train.start import build_parts, throw_away_step
+    from dist_train.start import build_parts, open_feed, throw_away_step
 
     counts = []
     with start_ranks(config) as ranks, open_run(config, ranks) as run:
         data = open_data(config, ranks)
         plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         parts = build_parts(config, plan, data, run)
-        sampler = GlobalOrderSampler(
-            data.num_train, global_batch_size=24, rank=0, world_size=ranks.world_size, seed=0
-        )
         throw_away_step(parts, data, step=0)
-        feed = Feed(data.loader, sampler, 13)
+        feed = open_feed(parts, data, last_step=13)
         meter = Meter(ranks, plan)
         for step in range(13):
             with warnings.catch_warnings(record=True) as caught:

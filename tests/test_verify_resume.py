@@ -53,6 +53,19 @@ def test_a_training_within_an_epoch_says_what_it_does_not_prove(
     assert "give --steps=11" in out
 
 
+@pytest.mark.exhaustive
+def test_a_best_save_that_a_resume_makes_is_disturbed_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The stop in the evaluation leaves it, and the save of the best, to the attempt that resumes;
+    # killed in that save, it leaves both to the next one.
+    words = ("--kills", "2", "--seed", "1", "--keep", "--work-dir", str(tmp_path))
+    code, out, errors = verify(capsys, *words)
+    assert code == 0, out + errors
+    [log] = tmp_path.glob("verify-resume-*/disturbed.log")
+    assert log.read_text().count("evaluation at step 5:") == 2
+
+
 def test_the_first_save_that_is_disturbed_is_that_of_a_best(tmp_path: Path) -> None:
     plan = make_plan(
         small(tmp_path, "train.steps=20", "checkpoint.every_steps=2"), 126, world_size=2

@@ -1,6 +1,7 @@
 """`python -m benchmarks.reliability run|table|list`: the fault campaign and its table."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -71,4 +72,6 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Leaving by an exception, it ends what its trial has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

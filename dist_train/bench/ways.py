@@ -18,8 +18,8 @@ from dist_train.data.loaders import Data
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.gradients import backward
 from dist_train.metrics import Meter
-from dist_train.order import GlobalOrderSampler
 from dist_train.progress import Progress
+from dist_train.start import open_feed
 from dist_train.state import Parts
 from dist_train.step import pieces_of, train_step
 from dist_train.tasks import classification as task
@@ -37,16 +37,7 @@ class Steps:
         """Begin at step 0; `parts` have had their throw-away step."""
         self._parts = parts
         ranks, plan = parts.replica.ranks, parts.plan
-        sampler = GlobalOrderSampler(
-            data.num_train,
-            global_batch_size=plan.global_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=parts.config.seed,
-            drop_last=parts.config.train.drop_last,
-            num_shards=_num_shards(parts),
-        )
-        feed = Feed(data.loader, sampler, ENDLESS)
+        feed = open_feed(parts, data, last_step=ENDLESS)
         self.batch = feed.take(0)  # the one that lies ready
         self._ahead = 0  # batches that workers load while nobody takes one
         if isinstance(data.loader, WorkerLoader):
@@ -231,8 +222,3 @@ class _Loop:
         self.meter = meter
         self.progress = Progress()
         meter.pause()
-
-
-def _num_shards(parts: Parts) -> int | None:
-    train = parts.config.train
-    return train.num_shards if train.order == "fixed" else None
