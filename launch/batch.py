@@ -177,6 +177,7 @@ class _Ranks:
         self.stopped_by: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._is_srun = False
+        self._is_untold = False
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         for number in STOPS:
             signal.signal(number, self._take)
@@ -191,7 +192,13 @@ class _Ranks:
         except OSError as error:
             print_error(f"cannot start the ranks with {command[0]!r}: {error.strerror}")
             return 2
-        code = self._process.wait()
+        if self._is_untold:  # the signal came while the command started
+            self._pass_on(self._process)
+        while True:
+            # A signal that comes just before the process sleeps is heard when it wakes.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(timeout=1.0)
+                break
         self._process = None
         return 128 - code if code < 0 else code
 
@@ -203,11 +210,17 @@ class _Ranks:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = self.stopped_by or signal.Signals(number).name
-        if self._process is not None:
-            # srun passes on SIGUSR2. At a SIGTERM it kills its tasks at once, SIGINT it takes for
-            # itself; a torchrun without this toolkit's agent knows SIGTERM only.
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGUSR2 if self._is_srun else signal.SIGTERM)
+        if self._process is None:
+            self._is_untold = True
+        else:
+            self._pass_on(self._process)
+
+    def _pass_on(self, process: "subprocess.Popen[bytes]") -> None:
+        # srun passes on SIGUSR2. At a SIGTERM it kills its tasks at once, SIGINT it takes for
+        # itself; a torchrun without this toolkit's agent knows SIGTERM only.
+        self._is_untold = False
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGUSR2 if self._is_srun else signal.SIGTERM)
 
 
 def _for_srun(env: Mapping[str, str]) -> dict[str, str]:

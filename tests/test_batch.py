@@ -13,7 +13,7 @@ import pytest
 
 from dist_train import chain
 from dist_train.preemption import JOB_LIMIT, OWN_LIMIT
-from launch.batch import Next, what_next
+from launch.batch import STOPS, Next, _Ranks, what_next
 from launch.scontrol import Job, read_job
 from tests.settings import SMALL
 from tests.test_torchrun import REPOSITORY
@@ -166,10 +166,35 @@ def test_a_stop_is_passed_on_as_what_the_launcher_understands(
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert marks.read_text().split() == ["ready", told], output
     assert process.returncode == 1
     assert "started again" not in output
+
+
+def test_a_stop_that_comes_while_the_ranks_are_being_started_reaches_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGCONT)}
+    popen = subprocess.Popen
+
+    def interrupted(command: list[str], env: dict[str, str]) -> "subprocess.Popen[bytes]":
+        process = popen(command, env=env)
+        os.kill(os.getpid(), signal.SIGUSR1)  # heard before anything knows of the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    try:
+        ranks = _Ranks()
+        assert ranks.run(["sleep", "60"], dict(os.environ)) == 128 + signal.SIGTERM
+        assert ranks.stopped_by == "SIGUSR1"
+        assert ranks.run([str(tmp_path / "no command")], {}) == 0, "nothing is started after a stop"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parent_of(entry: Path) -> int:
