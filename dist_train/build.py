@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.importing import import_callable
+from dist_train.device import has_amx
 from dist_train.distributed import Ranks
 from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
@@ -160,10 +161,7 @@ def checked_logits(
 def _gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
-    if known is None:
-        return bool(torch.cpu._is_amx_tile_supported())
-    return bool(known().get("amx_bf16", False))  # only x86 has the key
+    return has_amx()
 
 
 def _cpu_has_bf16() -> bool:

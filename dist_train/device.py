@@ -111,6 +111,14 @@ def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int
     return max(1, len(os.sched_getaffinity(0)) // layout.local_world_size)
 
 
+def has_amx() -> bool:
+    """Say whether this CPU has units that multiply matrices of bf16: Intel's AMX."""
+    known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
+    if known is None:
+        return bool(torch.cpu._is_amx_tile_supported())
+    return bool(known().get("amx_bf16", False))  # only x86 has the key
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel; elsewhere do nothing.
 

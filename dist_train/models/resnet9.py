@@ -5,6 +5,8 @@ Source: David Page, "How to Train Your ResNet", https://github.com/davidcpage/ci
 
 from torch import Tensor, nn
 
+from dist_train.models.conv3x3 import Conv3x3
+
 # Max-pooled features after ReLU are large, and so would be the first logits: Page's factor keeps
 # the first losses near log(num_classes) under a high peak learning rate.
 LOGIT_SCALE = 0.125
@@ -61,7 +63,7 @@ def resnet9(
 
 def _conv(in_channels: int, out_channels: int, *, pool: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        Conv3x3(in_channels, out_channels),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_train.models.conv3x3 import Conv3x3
+
 PATCH = 2  # side of the whitening filters
 LEAST_VARIANCE = 5e-4
 STATISTICS_MOMENTUM = 0.4  # of the running statistics: a run is only a few hundred steps
@@ -87,7 +89,7 @@ def speed_net(
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    conv = Conv3x3(in_channels, out_channels)
     nn.init.dirac_(conv.weight[:in_channels])  # hands its input on, where there is one
     return conv
 
