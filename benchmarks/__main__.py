@@ -19,15 +19,18 @@ from benchmarks import (
     data_path,
     fixed_order_cost,
     guard_overhead,
+    narrow_conv,
     scaling,
+    speedrun,
 )
-from benchmarks.intervals import RESULTS, ROOT, machine, write_between
+from benchmarks.intervals import RESULTS, ROOT, machine, said, write_between
 
 FOLDER = ROOT / "benchmarks" / "results"
 MEASURED: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {  # and its table
     "data_path": (data_path.measure, data_path.table),
     "guards": (guard_overhead.measure, guard_overhead.table),
     "fixed_order": (fixed_order_cost.measure, fixed_order_cost.table),
+    "narrow_conv": (narrow_conv.measure, narrow_conv.table),
     "checkpoint": (checkpoint_cost.measure, checkpoint_cost.table),
     "scaling": (scaling.measure, scaling.table),
     "causes": (bench_truth.causes, bench_truth.causes_table),
@@ -85,17 +88,19 @@ def _run(name: str) -> bool:
 def _tables() -> dict[str, str]:
     """Return the table of every measurement that there is a file of."""
     paths = {name: FOLDER / f"{name}.json" for name in MEASURED}
-    return {
+    tables = {
         name: _table(name, json.loads(path.read_text()))
         for name, path in paths.items()
         if path.is_file()
     }
+    if speedrun.OUT.is_file():  # python -m benchmarks.speedrun, which needs data
+        tables["speedrun"] = speedrun.table(json.loads(speedrun.OUT.read_text()))
+    return tables
 
 
 def _table(name: str, record: dict[str, Any]) -> str:
-    where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     took = f"{record['wall_sec'] / 60:.1f} minutes"
-    return f"{record['date']}; {where}; {took}.\n\n{MEASURED[name][1](record['found'])}"
+    return f"{said(record)}; {took}.\n\n{MEASURED[name][1](record['found'])}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_train.bench.intervals import mean_of
 
@@ -37,6 +38,13 @@ def machine() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def said(record: dict[str, Any]) -> str:
+    """Return a record's date and machine in words."""
+    return "; ".join(
+        [record["date"], ", ".join(f"{key} {value}" for key, value in record["machine"].items())]
+    )
 
 
 def write_between(path: Path, name: str, text: str) -> None:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.intervals import ROOT, machine, mean_and_half_width
+from benchmarks.intervals import ROOT, machine, mean_and_half_width, said
 
 SHOWN = {
     "eval_accuracy": "accuracy",
@@ -69,6 +69,27 @@ def result_of(runs: list[dict[str, Any]], words: list[str]) -> dict[str, Any]:
             means[key] = mean_and_half_width(values)
     date = time.strftime("%Y-%m-%d")
     return {"machine": machine(), "date": date, "words": words, "means": means, "runs": runs}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    command = "python -m benchmarks.speedrun --data DIR"
+    runs, means = result["runs"], result["means"]
+    lines = [
+        f"{said(result)}; {runs[0]['world_size']} ranks.",
+        "",
+        f"`{' '.join([command, *result['words']])}`: {runs[0]['steps']} steps, "
+        f"{runs[0]['eval_samples']:,} test pictures ({runs[0]['dataset']}).",
+        "",
+        f"| | {' | '.join('seed ' + str(run['seed']) for run in runs)} | mean |",
+        f"|---|{'---|' * (len(runs) + 1)}",
+    ]
+    for key, name in SHOWN.items():
+        if key in means:
+            digits = 4 if "accuracy" in key else 0
+            cells = [f"{run[key]:,.{digits}f}" for run in runs]
+            lines.append(f"| {name} | {' | '.join(cells)} | {means[key][0]:,.{digits}f} |")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -81,6 +81,17 @@ FOUND: dict[str, Any] = {
             }
         ]
     },
+    "narrow_conv": {
+        "nets": [
+            {
+                "net": "a net",
+                "images_per_sec_here": 740.2,
+                "images_per_sec_torch": 584.1,
+                "times": [1.27, 0.03],
+                "pairs": 15,
+            }
+        ]
+    },
     "causes": [
         {"fault": "data 0.005", "wanted": "data", "named": "data", "text": "Steps wait."},
         {"fault": "slow 1.5", "wanted": "waiting", "named": "host", "text": "Python."},
@@ -102,6 +113,7 @@ SHOWN = {
     "checkpoint": ("90 MB", "1.13 +- 0.04", "99.1 +- 0.4 %"),
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
     "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),
+    "narrow_conv": ("| a net | 584 | 740 | 1.27 +- 0.03 | 15 |",),
     "causes": ("| data | Steps", "**wanted waiting**", "not run: needs root"),
     "predictions": ("-4.8%", "not run: needs root"),
     "compare": ("in 9 of 10",),
@@ -184,14 +196,22 @@ def test_a_measurement_that_fails_is_told_and_the_others_are_kept(
 
 
 def test_the_speed_runs_figures_are_means_with_intervals(tmp_path: Path) -> None:
+    facts = {"world_size": 2, "steps": 200, "eval_samples": 10000, "dataset": "cifar10"}
     runs = [
-        {key: value for key in speedrun.SHOWN} | {"eval_views_accuracy": None} for value in (1, 2)
+        {key: value for key in speedrun.SHOWN}
+        | facts
+        | {"eval_views_accuracy": None, "seed": value}
+        for value in (1, 2)
     ]
     found = speedrun.result_of(runs, ["train.epochs=1"])
     assert "eval_views_accuracy" not in found["means"], "eval.views=1 has none"
     mean, half = found["means"]["record_sec"]
     assert mean == 1.5
     assert half == pytest.approx(12.706 * 0.5, rel=1e-3), "Student's t of two values"
+    told = speedrun.table(found)
+    assert "| training steps alone, s | 1 | 2 | 2 |" in told
+    assert "| accuracy | 1.0000 | 2.0000 | 1.5000 |" in told
+    assert "views" not in told
 
 
 def test_a_cable_survives_a_device_that_takes_no_packet() -> None:
