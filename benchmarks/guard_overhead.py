@@ -33,6 +33,7 @@ BLOCKS, CALLS = 15, 50  # of each guard by itself
 CASES = {
     "tutorial CNN, batch 64": ("model=tutorial_cnn", "train.global_batch_size=64", 60, 40),
     "ResNet-9, batch 64": ("model=resnet9", "train.global_batch_size=64", 4, 30),
+    "ResNet-9, batch 512": ("model=resnet9", "train.global_batch_size=512", 2, 15),
 }
 
 
