@@ -59,8 +59,8 @@ def table(found: dict[str, Any]) -> str:
 def _of_net(name: str) -> dict[str, Any]:
     factory, batch_size = NETS[name]
     torch.manual_seed(0)
-    here = factory(10).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # of torch
-    plain = factory(10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    here = factory(10).to(memory_format=torch.channels_last)
+    plain = factory(10).to(memory_format=torch.channels_last)
     _use_torchs(plain)
     plain.load_state_dict(here.state_dict())
     images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -102,4 +102,4 @@ def _use_torchs(net: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, Conv3x3):
                 conv = nn.Conv2d(child.in_channels, child.out_channels, 3, padding=1, bias=False)
-                setattr(module, name, conv.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+                setattr(module, name, conv.to(memory_format=torch.channels_last))
