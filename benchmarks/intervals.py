@@ -42,9 +42,8 @@ def machine() -> dict[str, str]:
 
 def said(record: dict[str, Any]) -> str:
     """Return a record's date and machine in words."""
-    return "; ".join(
-        [record["date"], ", ".join(f"{key} {value}" for key, value in record["machine"].items())]
-    )
+    where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    return f"{record['date']}; {where}"
 
 
 def write_between(path: Path, name: str, text: str) -> None:

@@ -10,15 +10,12 @@ job. A job whose ranks died is not requeued but its ranks are started again: the
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from dist_train import chain as chains
@@ -31,8 +28,8 @@ from dist_train.preemption import END_TIME_VARIABLE, JOB_LIMIT, OWN_LIMIT
 from dist_train.slurm_step import hosts_of
 from launch import scontrol
 from launch.job_record import JOBS_DIR, JobRecord, record_file, write_record
+from launch.ranks_command import RanksCommand
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had begun
 ASK_AGAIN_SEC = (0.0, 1.0, 4.0)  # a busy controller
 REQUEUE_SEC = 30.0  # for SLURM to say that a requeued job waits
@@ -72,7 +69,7 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
     Returns:
         0 finished, or stopped and saved; 2 the user's mistake; 93 a restart would only repeat it.
     """
-    ranks = _Ranks()  # its handlers come after those that the caller has installed
+    ranks = RanksCommand()  # its handlers come after those that the caller has installed
     parser = Parser(prog="dist-train batch", description="The body of a batch job.")
     add_run_options(parser)
     try:
@@ -168,59 +165,6 @@ def what_next(
         text = "not requeued, as the job forbids it; the same command continues"
         return Next(do="end", code=code, say=text)
     return Next(do="requeue", code=code)
-
-
-class _Ranks:
-    """Starts the ranks' command and passes on to it what asks this process to stop."""
-
-    def __init__(self) -> None:
-        self.stopped_by: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_srun = False
-        self._is_untold = False
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        for number in STOPS:
-            signal.signal(number, self._take)
-
-    def run(self, command: list[str], environment: Mapping[str, str]) -> int:
-        """Run the command to its end; returns its exit code, as of a shell."""
-        if self.stopped_by is not None:
-            return 0
-        try:
-            self._is_srun = os.path.basename(command[0]) == "srun"
-            self._process = subprocess.Popen(command, env=environment)
-        except OSError as error:
-            print_error(f"cannot start the ranks with {command[0]!r}: {error.strerror}")
-            return 2
-        if self._is_untold:  # the signal came while the command started
-            self._pass_on(self._process)
-        while True:
-            # A signal that comes just before the process sleeps is heard when it wakes.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=1.0)
-                break
-        self._process = None
-        return 128 - code if code < 0 else code
-
-    def wait(self, seconds: float) -> None:
-        """Wait, unless asked to stop."""
-        end = time.monotonic() + seconds
-        while self.stopped_by is None and time.monotonic() < end:
-            time.sleep(0.1)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = self.stopped_by or signal.Signals(number).name
-        if self._process is None:
-            self._is_untold = True
-        else:
-            self._pass_on(self._process)
-
-    def _pass_on(self, process: "subprocess.Popen[bytes]") -> None:
-        # srun passes on SIGUSR2. At a SIGTERM it kills its tasks at once, SIGINT it takes for
-        # itself; a torchrun without this toolkit's agent knows SIGTERM only.
-        self._is_untold = False
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR2 if self._is_srun else signal.SIGTERM)
 
 
 def _for_srun(env: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,8 @@ import pytest
 
 from dist_train import chain
 from dist_train.preemption import JOB_LIMIT, OWN_LIMIT
-from launch.batch import STOPS, Next, _Ranks, what_next
+from launch.batch import Next, what_next
+from launch.ranks_command import STOPS, RanksCommand
 from launch.scontrol import Job, read_job
 from tests.settings import SMALL
 from tests.test_torchrun import REPOSITORY
@@ -188,7 +189,7 @@ def test_a_stop_that_comes_while_the_ranks_are_being_started_reaches_them(
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     try:
-        ranks = _Ranks()
+        ranks = RanksCommand()
         assert ranks.run(["sleep", "60"], dict(os.environ)) == 128 + signal.SIGTERM
         assert ranks.stopped_by == "SIGUSR1"
         assert ranks.run([str(tmp_path / "no command")], {}) == 0, "nothing is started after a stop"
