@@ -2,16 +2,18 @@
 
 ResNet-18 with SGD's momentum, 90 MB. In turns: a bare copy of the bytes, what a step waits for when
 it saves, the whole save, the same with torch.save and with PyTorch's distributed checkpoint. Then
-training with a save every 20 steps against training without, in pairs of blocks.
+what a save costs the steps beside which it is written, and so training with one every 20 steps.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from benchmarks.intervals import mean_and_half_width, plus_minus
 from benchmarks.opened import opened
+from dist_train.bench.intervals import Estimate, geometric_mean_of, mean_of
 from dist_train.checkpoint import load_state
 from dist_train.checkpoint_folder import list_checkpoints, name_of, read_verified
 from dist_train.checkpoint_writer import CheckpointWriter
@@ -32,8 +35,8 @@ from dist_train.distributed import start_ranks
 from dist_train.models.resnet18 import resnet18_cifar
 from dist_train.step import train_step
 
-ROUNDS = 15
-PAIRS, STEPS = 30, 20
+ROUNDS = 40
+SAVES, EVERY_STEPS = 120, 20
 COPY = "a bare copy of the bytes, one thread"
 STALL = "here: what the step waits for"
 WHOLE = "here: the whole save, hashed and synced"
@@ -128,11 +131,10 @@ def saving(folder: Path) -> dict[str, Any]:
         "ways": {
             name: {
                 "ms": mean_and_half_width(found),
-                "times_copy": mean_and_half_width(
-                    [a / b for a, b in zip(found, times[COPY], strict=True)]
-                ),
+                "times_copy": [times_copy.value, times_copy.high - times_copy.value],
             }
             for name, found in times.items()
+            for times_copy in [_mean_ratio(found, times[COPY])]
         },
         "verified_and_loaded_ms": reading,
         "rounds": ROUNDS,
@@ -140,7 +142,12 @@ def saving(folder: Path) -> dict[str, Any]:
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """Return the share of the speed that is left with a save every 20 steps, over pairs."""
+    """Return the share of the speed that is left with a save every 20 steps.
+
+    What a save costs is over after a step or two. So there is one every four steps here: the two
+    beside which it is written are compared with the two before and the two after, the machine's
+    speed being much the same in all six. The difference is then spread over 20 steps.
+    """
     words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=64"]
     words += ["device=cpu", "precision=bf16", "checkpoint.every_steps=20", "eval.every_epochs=null"]
     config = compose([*words, f"run_dir={folder}/run"]).config
@@ -149,30 +156,44 @@ def training(folder: Path) -> dict[str, Any]:
         it = stack.enter_context(opened(config, ranks))
         parts, progress = it.parts, it.progress
         it.run.open_writer(stack)
+        assert it.run.saves is not None
+        wait = it.run.saves.wait
 
-        def block(*, save: bool) -> float:
+        def two_steps(*, save: bool) -> float:
             start = time.perf_counter()
-            for number in range(STEPS):
+            if save:
+                parts.drift.check(progress.step)
+                it.run.save(parts, progress, it.meter)
+            for _ in range(2):
                 train_step(parts, it.feed, step=progress.step)
                 progress.step += 1
-                if save and number == 0:  # the thread then writes beside the steps that follow
-                    parts.drift.check(progress.step)
-                    it.run.save(parts, progress, it.meter)
+            if save and not wait():  # it has been done for long, as a rule
+                raise RuntimeError("a save failed")
             return time.perf_counter() - start
 
-        block(save=True)
-        dice, shares = random.Random(0), []
-        for _ in range(PAIRS):
-            sec = {save: block(save=save) for save in dice.sample((False, True), 2)}
-            shares.append(sec[False] / sec[True])
-        step_ms = 1000 * block(save=False) / STEPS
+        two_steps(save=True)
+        without, with_save = [two_steps(save=False)], []
+        for _ in range(SAVES):
+            with_save.append(two_steps(save=True))
+            without.append(two_steps(save=False))
+    step_sec = statistics.fmean(without) / 2
+    around = [(a + b) / 2 for a, b in itertools.pairwise(without)]
+    costs = [sec - usual for sec, usual in zip(with_save, around, strict=True)]
+    period_sec = EVERY_STEPS * step_sec
+    cost = mean_of(costs)
+    low, high = (period_sec / (period_sec + sec) for sec in (cost.high, cost.low))
     return {
-        "share_of_speed": mean_and_half_width(shares),
-        "pairs": PAIRS,
-        "step_ms": step_ms,
-        "every_steps": STEPS,
+        "cost_ms": [1000 * cost.value, 1000 * (cost.high - cost.value)],
+        "share_of_speed": [period_sec / (period_sec + cost.value), (high - low) / 2],
+        "saves": SAVES,
+        "step_ms": 1000 * step_sec,
+        "every_steps": EVERY_STEPS,
         "precision": parts.precision,
     }
+
+
+def _mean_ratio(found: Sequence[float], base: Sequence[float]) -> Estimate:
+    return geometric_mean_of([mine / theirs for mine, theirs in zip(found, base, strict=True)])
 
 
 def measure() -> dict[str, Any]:
@@ -210,6 +231,7 @@ def table(found: dict[str, Any]) -> str:
             f"Reading, verifying and loading it: {saving['verified_and_loaded_ms']:.0f} ms. "
             f"Training it (batches of 64, {training['precision']}, {training['step_ms']:.0f} ms a "
             f"step) with a save every {training['every_steps']} steps runs at {mean:.1f} +- "
-            f"{half:.1f} % of the speed without ({training['pairs']} pairs).",
+            f"{half:.1f} % of the speed without: one costs {plus_minus(training['cost_ms'], 0)} ms "
+            f"({training['saves']} saves, each against the steps around it).",
         ]
     )

@@ -18,7 +18,7 @@ import torch
 
 from dist_train.bench import compare, worker
 from dist_train.bench.advice import advice_for
-from dist_train.bench.breakdown import MEANS, PARTS, parts_of, slowest_rank
+from dist_train.bench.breakdown import MEANS, PARTS, crowded_seconds, parts_of, slowest_rank
 from dist_train.bench.intervals import geometric_mean_of, mean_of
 from dist_train.bench.launches import FIXED, Setup, settings_of, setups_of
 from dist_train.bench.machine_speed import peak_of
@@ -86,6 +86,8 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "gradient_times": [(1_000_000, 0.001), (3_000_000, 0.004)],
         "micro_batch_size": None,
         "threads": 1,
+        "cores": 2,
+        "alone_cpu_sec": [0.002] * BLOCKS,
         "device": "cpu",
     }
 
@@ -102,6 +104,18 @@ def two(slow: float = 1.0, **more: float) -> dict[str, Any]:
     sec = {"full": 0.013, "ready": 0.012, "alone": 0.008, **ALONE, **more}
     late = {name: slow * value for name, value in sec.items() if name not in ("full", "ready")}
     return {"ranks": [made_up_rank(0, 32, **sec), made_up_rank(1, 32, **sec | late)]}
+
+
+def now_and_then(late_sec: float, data: float) -> dict[str, Any]:
+    """Return a launch of two ranks of which now the one, now the other is late: half of that is
+    what they wait on the average.
+    """
+    both = 0.008 + late_sec
+    launch = two(bare=0.008 + late_sec / 2, ready=both, full=both + data)
+    for number, rank in enumerate(launch["ranks"]):
+        block = [0.008 + late_sec * (n % 2 == number) for n in range(STEPS)]
+        rank["blocks"]["alone"] = [block] * BLOCKS
+    return launch
 
 
 def test_the_parts_of_a_step_are_what_was_left_out() -> None:
@@ -167,6 +181,9 @@ def test_strong_and_weak_scaling_meet_at_the_largest_count() -> None:
         ([two(ready=0.030, full=0.0301)], "all_reduce", "parallel.sync=overlap"),
         ([two(alone=0.020, ready=0.0202, full=0.0203)], "host", "Python needs"),
         ([two(alone=0.0071, ready=0.0072, full=0.0072)], "compute", "precision=bf16"),
+        ([now_and_then(0.004, data=0.0018)], "data", "data.loader=memory"),  # they wait 0.0020
+        ([now_and_then(0.008, data=0.0018)], "waiting", "each of them now and then"),
+        ([now_and_then(0.0008, data=0.0001)], "waiting", "each of them now and then"),
     ],
 )
 def test_the_largest_loss_is_what_to_change_first(
@@ -289,6 +306,28 @@ def test_the_checked_prediction_is_by_the_ring_that_was_fitted() -> None:
     expected = 0.008 + result["parts_sec"]["data"] + 6 * 0.01 + 1.5 * 4e6 / 1e9
     assert check_of(result)["predicted_sec"] == pytest.approx(expected)
     assert all_reduce_sec(4e6, 4, Link(0.01, 1e9)) == pytest.approx(4 * 0.01 + 2 * 4e6 / 1e9)
+
+
+def test_more_ranks_than_cores_wait_for_the_cores() -> None:
+    launch = two()
+    assert crowded_seconds(launch) == 0.0  # a host for each
+    for rank in launch["ranks"]:
+        rank["host"] = "node0"
+    assert crowded_seconds(launch) == 0.0  # two cores for two
+    launch["ranks"] *= 4
+    assert crowded_seconds(launch) == pytest.approx(8 * 0.002 / 2 - 0.002)
+    for rank in launch["ranks"]:
+        rank["threads"] = 2
+    assert crowded_seconds(launch) == pytest.approx(8 * 0.002 / 2 - 0.002 / 2)
+    [setup] = setups_of([(8, 0)], 256, ("strong",))
+    [result] = results_of([(setup, [launch, launch])])
+    less = (
+        check_of(result)["predicted_sec"] - check_of(result | {"crowded_sec": 0.0})["predicted_sec"]
+    )
+    assert less == pytest.approx(0.007)
+    for rank in launch["ranks"]:
+        rank["device"] = "NVIDIA H200"
+    assert crowded_seconds(launch) == 0.0
 
 
 def report_of(setups: list[dict[str, Any]]) -> dict[str, Any]:

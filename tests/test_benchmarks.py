@@ -48,7 +48,8 @@ FOUND: dict[str, Any] = {
         },
         "training": {
             "share_of_speed": [0.991, 0.004],
-            "pairs": 12,
+            "cost_ms": [150.0, 60.0],
+            "saves": 120,
             "step_ms": 812.0,
             "every_steps": 20,
             "precision": "bf16",

@@ -1,11 +1,12 @@
 """The loop against the same job written by hand: the same bits, so that their speeds compare."""
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from torch import nn
 from benchmarks.intervals import RESULTS, write_between
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import loops, records
-from benchmarks.peers.job import CASES, WARM_STEPS, Batches, Case, Job, measured
+from benchmarks.peers.job import CASES, SETTLED, Batches, Case, Clocks, Job, measured
+from benchmarks.peers.one_round import reason_in, run_round
 from benchmarks.peers.records import Cell, Outcome, Record
-from benchmarks.peers.run_once import reason_in, run_once
 from benchmarks.peers.table import make_tables
+from benchmarks.peers.worker import GO, TURNS
 from benchmarks.reliability.in_ranks import wait_until
 from dist_train.monitor.processes import read_stat
 from tests.ranks import run_ranks
 
-SHORT = Case("benchmarks.peers.job:tiny_net", 16, 0, 2)
-ONE_EPOCH = Case("benchmarks.peers.job:tiny_net", 16, 0, 1)
+SHORT = Case("benchmarks.peers.job:tiny_net", 16, epochs=2, first=0, turns=2, turn=40)
 CELL = Cell("tiny", "lean", 1, "fp32")
 HERE = {"cpu": "this one", "torch": "2.14", "code": "abc"}
 BASE = Record(
@@ -69,8 +70,7 @@ def digest_of(weights: dict[str, torch.Tensor], job: Job) -> tuple[object, objec
 
 def test_a_rank_s_own_running_statistics_are_not_compared(tmp_path: Path) -> None:
     job = Job(CASES["resnet9"], 0, 1, precision="fp32", lean=True, folder=tmp_path)
-    job.cpu_sec = job.wall_sec = [float(n) for n in range(job.total_steps)]
-    job.children_sec = [0.0, 0.0]
+    job.turns = [(Clocks(0.0, 0.0, 0.0), Clocks(1.0, 1.0, 1.0))]
     model = job.model()
     here = digest_of(model.state_dict(), job)
     for buffer in model.buffers():
@@ -111,24 +111,31 @@ def test_the_fast_loop_spares_the_garbage_collector_what_lives_and_gives_it_back
     frozen: list[int] = []
     append, take = frozen.append, Batches.take
     monkeypatch.setattr(Batches, "take", lambda b: append(gc.get_freeze_count()) or take(b))
-    loops.fast(Job(ONE_EPOCH, 0, 1, precision="fp32", lean=True, folder=tmp_path))
-    assert frozen[WARM_STEPS - 1] == gc.get_freeze_count() == 0
-    assert frozen[WARM_STEPS] > 1000
+    loops.fast(Job(SHORT, 0, 1, precision="fp32", lean=True, folder=tmp_path))
+    assert frozen[SETTLED - 1] == gc.get_freeze_count() == 0
+    assert frozen[SETTLED] > 1000
 
 
-@pytest.mark.parametrize("case", [SHORT, ONE_EPOCH])
-def test_what_a_child_process_costs_counts(case: Case, tmp_path: Path) -> None:
-    job = Job(case, 0, 1, precision="fp32", lean=True, folder=tmp_path)
-    first, last = job.window
+def test_what_a_child_process_costs_counts_within_the_turns_only(tmp_path: Path) -> None:
+    waits: list[int] = []  # the steps done before each
+
+    def wait() -> None:
+        waits.append(job.asked)
+        time.sleep(0.5)
+
+    job = Job(SHORT, 0, 1, precision="fp32", lean=True, folder=tmp_path, wait_for_turn=wait)
     batches = Batches(job)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
         for step in range(job.total_steps):
-            if step == last:
+            if step == SHORT.turn:  # the end of the first turn
                 time.sleep(0.5)
             batches.take()
         child.kill()
+    assert waits == [0, 40, 80]
+    costs = [end.children_sec - begin.children_sec for begin, end in job.turns]
+    assert costs[0] > 0.1 > costs[1]
     found = measured(job, job.model().state_dict(), begun=0.0)
-    assert float(str(found["children_us"])) * (last - first) > 0.1e6
+    assert float(str(found["children_us"])) == pytest.approx(1e6 * sum(costs) / 80)
     assert job.children_mib > 1
 
 
@@ -223,30 +230,34 @@ def test_a_rerun_does_what_is_missing_and_again_begins_anew(
 ) -> None:
     path, ran = tmp_path / "peers.jsonl", []
 
-    def fail_first_and_stop_at_the_fourth(python: str, peer: str, cell: Cell) -> Outcome:
-        ran.append(peer)
-        if len(ran) == 4:
+    def first_fails_and_the_third_is_stopped(
+        python: str, peers: Sequence[str], cell: Cell, *, seed: int
+    ) -> dict[str, Outcome]:
+        ran.append((cell.precision, seed))
+        if len(ran) == 3:
             raise KeyboardInterrupt
-        return (failed(peer, 0, "broke") if len(ran) == 1 else record_of(peer, 0)).outcome
+        return {
+            peer: (failed(peer, 0, "broke") if len(ran) == 1 else record_of(peer, 0)).outcome
+            for peer in peers
+        }
 
     def run(*words: str) -> int:
-        cell = ("--ranks", "1", "--precisions", "fp32", "--peers", "plain", "ours")
+        cell = ("--ranks", "1", "--precisions", "fp32", "bf16", "--peers", "plain", "ours")
         monkeypatch.setattr(sys, "argv", ["peers", "run", *cell, "--file", str(path), *words])
         return command.main()
 
-    monkeypatch.setattr(command, "run_once", fail_first_and_stop_at_the_fourth)
+    monkeypatch.setattr(command, "run_round", first_fails_and_the_third_is_stopped)
     here = HERE | {"code": records.code_digest()}
     monkeypatch.setattr(records, "surroundings", lambda python: here)
     with pytest.raises(KeyboardInterrupt):
-        run("--rounds", "5")
-    assert len(records.read(path)) == 3
-    assert run("--rounds", "5") == 1  # one failed before: it is not repeated until it passes
-    turns = command.turns([CELL], ["plain", "ours"], rounds=5)
-    assert len({peer for _, _, peer in turns[::2]}) == 2  # the order of a round is its own
-    assert [r.turn for r in records.read(path)] == turns
+        run("--rounds", "3")
+    assert len(records.read(path)) == 4
+    assert run("--rounds", "3") == 1  # one failed before: it is not repeated until it passes
+    assert ran[3:] == [ran[2], ("bf16", 1), ("fp32", 2), ("bf16", 2)]
+    assert len(records.read(path)) == 12
     assert run("--rounds", "1", "--again") == 0
-    assert len({r.series for r in records.read(path)[:10]}) == 1
-    assert len({r.series for r in records.read(path)[9:]}) == 2
+    assert len({r.series for r in records.read(path)[:12]}) == 1
+    assert len({r.series for r in records.read(path)[11:]}) == 2
 
 
 def test_cases_and_styles_have_tables_of_their_own(tmp_path: Path) -> None:
@@ -266,30 +277,94 @@ def test_cases_and_styles_have_tables_of_their_own(tmp_path: Path) -> None:
     assert all(tables[case].strip() in copy.read_text() for case in CASES)
 
 
-def script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
+STAND_IN = f"""#!{sys.executable} -S
+import json, os, socket, subprocess, sys, time
+peer, folder = sys.argv[3], sys.argv[sys.argv.index("--folder") + 1]
+def note(*words):
+    with open("LOG", "a") as file:
+        print(*words, file=file)
+def take_turns(count):
+    door = socket.socket(socket.AF_UNIX)
+    door.connect(os.path.join(folder, {TURNS!r}))
+    for _ in range(count):
+        note(peer, "waits")
+        door.sendall({GO!r})
+        if door.recv(1) != {GO!r}:
+            sys.exit(9)
+        note(peer, "goes")
+def leave_result():
+    with open(os.path.join(folder, "rank0.json"), "w") as file:
+        json.dump({{"weights_sha256": "a", "cpu_us": 1.0}}, file)
+"""
+ALL = CASES[CELL.case].turns + 1  # how often a peer is told to go on
+
+
+def stand_in(folder: Path, text: str) -> str:
+    """Return the path of a program in place of a Python that runs a worker."""
+    path = folder / "python"
+    path.write_text(STAND_IN.replace("LOG", str(folder / "log")) + text)
     path.chmod(0o755)
     return str(path)
 
 
-def test_a_peer_that_takes_too_long_has_failed_and_leaves_no_rank(tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    sleep = f"{sys.executable} -S -c 'import time; time.sleep(100)'"
-    python = script(
-        tmp_path / "python",
-        f'setsid {sleep} "$@" &\necho $! >> {pids}\n'  # as torchrun starts its ranks
-        f"{sleep} &\necho $! >> {pids}\nwait",
+def one(python: str, peer: str = "plain", limit_sec: float = 60.0) -> Outcome:
+    return run_round(python, [peer], CELL, seed=0, limit_sec=limit_sec)[peer]
+
+
+@pytest.mark.parametrize("turns", [0, 2, ALL])
+def test_a_peer_that_takes_too_long_has_failed_and_leaves_no_rank(
+    turns: int, tmp_path: Path
+) -> None:
+    python = stand_in(
+        tmp_path,
+        f"""
+sleep = [sys.executable, "-S", "-c", "import time; time.sleep(100)"]
+note(subprocess.Popen([*sleep, folder], start_new_session=True).pid)  # as torchrun starts its ranks
+note(subprocess.Popen(sleep).pid)
+if {turns}:
+    take_turns({turns})
+time.sleep(100)
+""",
     )
-    assert run_once(python, "plain", CELL, limit_sec=1.0).failed == "not done within 1 s"
-    rank, child = map(int, pids.read_text().split())
-    wait_until(lambda: not (read_stat(rank) or read_stat(child)), "one of them lives", 5.0)
+    assert one(python, limit_sec=1.0).failed == "not done within 1 s"
+    rank, child, *_ = (tmp_path / "log").read_text().split()
+    wait_until(
+        lambda: not (read_stat(int(rank)) or read_stat(int(child))), "one of them lives", 5.0
+    )
 
 
 def test_a_peer_that_does_not_end_well_has_failed_and_says_why(tmp_path: Path) -> None:
     error = "ModuleNotFoundError: No module named x"
-    codes = {"exit 3": "ended with 3", "exit 0": "0 of 1 ranks left a result"}
-    for text, why in {f"echo {error}; exit 1": error, **codes}.items():
-        assert run_once(script(tmp_path / "python", text), "fabric", CELL).failed == why
+    reasons = {
+        f"sys.exit('{error}')": error,
+        "sys.exit(3)": "ended with 3",
+        "take_turns(2); sys.exit(5)": "ended with 5",
+        f"take_turns({ALL})": "0 of 1 ranks left a result",
+        "leave_result()": "it did not take all its turns",
+        "take_turns(5); leave_result()": "it did not take all its turns",
+    }
+    for text, why in reasons.items():
+        assert one(stand_in(tmp_path, text), "fabric").failed == why
+
+
+def test_peers_take_turns_and_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    text = f"""
+take_turns(3 if peer == "fabric" else {ALL})
+leave_result()
+sys.exit(peer == "fabric")
+"""
+    found = run_round(stand_in(tmp_path, text), ["plain", "fabric", "ours"], CELL, seed=0)
+    failures = {peer: outcome.failed for peer, outcome in found.items()}
+    assert failures == {"plain": None, "fabric": "ended with 1", "ours": None}
+    events = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    order: list[str] = []
+    for (peer, what), after in itertools.pairwise(events):
+        if what == "goes":  # alone, until it waits again or has ended
+            order.append(peer)
+            if order.count(peer) < (3 if peer == "fabric" else ALL):
+                assert after == [peer, "waits"]
+    late = [tuple(order[n : n + 2]) for n in range(9, 2 * ALL, 2)]  # when fabric has ended
+    assert set(late) == {("plain", "ours"), ("ours", "plain")}  # each turn has an order of its own
 
 
 def test_the_reason_is_what_the_first_rank_raised() -> None:

@@ -1,26 +1,24 @@
 """The same job in every peer, in turns: `python -m benchmarks.peers run`, then `table --write`.
 
-    run --rounds 1 --ranks 1 --precisions fp32     try one cell once: 8 runs, two minutes
+    run --rounds 1 --ranks 1 --precisions fp32     try one cell once: two minutes
 
-Every run is kept as it ends, and a rerun does what is missing: of a series on the same machine,
+Every round is kept as it ends, and a rerun does what is missing: of a series on the same machine,
 with the same versions and code. Another machine or another code begins a series of its own.
 """
 
 import argparse
 import itertools
-import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from benchmarks.intervals import RESULTS, ROOT, write_between
 from benchmarks.peers import records
 from benchmarks.peers.job import CASES
+from benchmarks.peers.one_round import run_round
 from benchmarks.peers.records import Cell, Record
-from benchmarks.peers.run_once import run_once
 from benchmarks.peers.table import make_tables
 from benchmarks.peers.worker import PEERS
 
@@ -39,22 +37,6 @@ def main() -> int:
     return 0
 
 
-def turns(
-    cells: Sequence[Cell], peers: Sequence[str], *, rounds: int
-) -> list[tuple[Cell, int, str]]:
-    """Return all runs in order: in each round every cell, in it the peers in an order of its own.
-
-    The orders depend on cell and round alone, so that a rerun goes on in the same ones.
-    """
-    found = []
-    for number in range(rounds):
-        for cell in cells:
-            order = list(PEERS)
-            random.Random(f"{number} {cell}").shuffle(order)
-            found += [(cell, number, peer) for peer in order if peer in peers]
-    return found
-
-
 def _run(asked: argparse.Namespace) -> int:
     here = records.surroundings(asked.python)
     lacking = [p for p in asked.peers if here.get(records.PACKAGES.get(p, "")) == records.ABSENT]
@@ -68,28 +50,31 @@ def _run(asked: argparse.Namespace) -> int:
     print(f"{path}: {len(kept)} runs of this series, {len(before) - len(kept)} set aside of others")
     choices = itertools.product([asked.case], asked.styles, asked.ranks, asked.precisions)
     cells = [Cell(*choice) for choice in choices]
-    done = {r.turn for r in kept}
-    to_do = [t for t in turns(cells, asked.peers, rounds=asked.rounds) if t not in done]
-    for count, (cell, number, peer) in enumerate(to_do, 1):
+    done = {r.place for r in kept}
+    wanted = itertools.product(range(asked.rounds), cells)
+    to_do = [w for w in wanted if {(w[1], w[0], peer) for peer in asked.peers} - done]
+    for count, (number, cell) in enumerate(to_do, 1):
         if records.code_digest() != here["code"]:
             sys.exit("peers: error: the code has changed meanwhile: run again for a new series")
         begun = time.monotonic()
-        outcome = run_once(asked.python, peer, cell)
-        record = Record(
-            series=series,
-            surroundings=here,
-            date=time.strftime("%Y-%m-%d"),
-            cell=cell,
-            round=number,
-            peer=peer,
-            outcome=outcome,
-        )
-        records.append(path, record)
-        kept.append(record)
-        told = outcome.failed or f"{outcome.values['cpu_us']:,.0f} us"
+        outcomes = run_round(asked.python, asked.peers, cell, seed=number)
+        told = []
+        for peer, outcome in outcomes.items():
+            record = Record(
+                series=series,
+                surroundings=here,
+                date=time.strftime("%Y-%m-%d"),
+                cell=cell,
+                round=number,
+                peer=peer,
+                outcome=outcome,
+            )
+            records.append(path, record)
+            kept.append(record)
+            told.append(f"{peer} {outcome.failed or format(outcome.values['cpu_us'], ',.0f')}")
         print(
             f"{count} of {len(to_do)}: round {number + 1}, {cell.ranks} x {cell.precision}, "
-            f"{cell.style}: {peer} {told} [{time.monotonic() - begun:.0f} s]",
+            f"{cell.style}, us: {', '.join(told)} [{time.monotonic() - begun:.0f} s]",
             flush=True,
         )
     for text in make_tables(kept).values():

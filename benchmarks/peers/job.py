@@ -1,12 +1,11 @@
 """The job that every peer does: the same network, batches, learning rates and number of steps."""
 
 import hashlib
-import itertools
 import os
 import re
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,24 +13,33 @@ import torch
 from torch import Tensor, nn
 
 EPOCH = 97  # steps; prime, so that no peer's own period falls on its ends
-WARM_STEPS = 10  # where the only epoch is measured
+SETTLED = 10  # steps, after which what the fastest loop has made is there to stay
 PEAK_LR = 0.0625  # a power of two: peak * (1 - x) and peak - peak * x have the same bits
 NUM_CLASSES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A network and the pictures of one rank's step."""
+    """A network, the pictures of one rank's step, and the turns in which its steps are measured."""
 
     factory: str
     batch_size: int  # of one rank
-    warm_epochs: int
     epochs: int
+    first: int  # step: what comes before is not measured
+    turns: int
+    turn: int  # steps
+
+    @property
+    def last(self) -> int:
+        """Return the step at whose start the last turn ends."""
+        return self.first + self.turns * self.turn
 
 
-CASES = {
-    "tiny": Case("benchmarks.peers.job:tiny_net", 16, 2, 20),
-    "resnet9": Case("benchmarks.peers.job:small_resnet9", 128, 0, 1),
+CASES = {  # a turn of the tiny net is an epoch, so that what a peer does at its end counts
+    "tiny": Case("benchmarks.peers.job:tiny_net", 16, epochs=22, first=194, turns=19, turn=EPOCH),
+    "resnet9": Case(
+        "benchmarks.peers.job:small_resnet9", 128, epochs=1, first=SETTLED, turns=10, turn=8
+    ),
 }
 
 
@@ -57,6 +65,15 @@ def small_resnet9(num_classes: int = NUM_CLASSES) -> nn.Module:
     return resnet9(num_classes, width=16)
 
 
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """The time of day and what this process and its children have cost, in seconds of CPU time."""
+
+    wall_sec: float
+    cpu_sec: float
+    children_sec: float
+
+
 @dataclass(slots=True)
 class Job:
     """What one process of a peer is to do, and the clocks it does it under."""
@@ -67,27 +84,20 @@ class Job:
     precision: str  # fp32 | bf16
     lean: bool  # no log, progress bar or checkpoint; else what the peer does by default
     folder: Path
+    wait_for_turn: Callable[[], None] = lambda: None
     asked: int = 0  # batches handed out so far
-    cpu_sec: list[float] = field(default_factory=list)  # of this process, as each was asked for
-    wall_sec: list[float] = field(default_factory=list)
-    children_sec: list[float] = field(default_factory=list)  # CPU time, at both ends of `window`
+    first_step_ended: float = 0.0  # time of day: when the second batch was asked for
+    turns: list[tuple[Clocks, Clocks]] = field(default_factory=list)  # at both ends of each
     children_mib: float = 0.0  # their peak memory
     throw_away_sec: float = 0.0  # of the start, for a step that is not one of the job's
 
     @property
     def total_steps(self) -> int:
-        return (self.case.warm_epochs + self.case.epochs) * EPOCH
+        return self.epochs * EPOCH
 
     @property
     def epochs(self) -> int:
-        return self.case.warm_epochs + self.case.epochs
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """Return two steps: from the start of one to the start of the other is measured."""
-        if self.case.epochs == 1:  # a net of which an epoch is long
-            return WARM_STEPS, self.total_steps - 1
-        return self.case.warm_epochs * EPOCH, (self.epochs - 1) * EPOCH
+        return self.case.epochs
 
     def model(self) -> nn.Module:
         """Return the network, its weights the same for every peer."""
@@ -121,11 +131,11 @@ class Job:
 
 
 class Batches:
-    """An epoch of ready-made batches in memory; notes the clocks whenever one is asked for."""
+    """An epoch of ready-made batches in memory; notes the clocks where a turn ends and begins."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._first, self._last = job.window
+        self._begun: Clocks | None = None
         count = 8  # different ones, in turn: they stay in the cache, whoever trains on them
         generator = torch.Generator().manual_seed(1 + job.rank)
         shape = (job.case.batch_size, 3, 32, 32)
@@ -149,16 +159,28 @@ class Batches:
     def take(self) -> tuple[Tensor, Tensor]:
         """Return the next batch: images (n, 3, 32, 32) float32, labels (n,) int64."""
         job = self._job
-        if job.asked == self._first:  # outside of the window, as it takes a millisecond
-            job.children_sec.append(_children()[0])
-        job.cpu_sec.append(time.process_time())
-        job.wall_sec.append(time.time())
-        if job.asked == self._last:
-            cpu_sec, job.children_mib = _children()
-            job.children_sec.append(cpu_sec)
+        if job.asked == 1:
+            job.first_step_ended = time.time()
+        since_first = job.asked - job.case.first
+        if since_first % job.case.turn == 0 and 0 <= since_first <= job.case.last - job.case.first:
+            self._take_turns()
         batch = self._batches[job.asked % len(self._batches)]
         job.asked += 1
         return batch
+
+    def _take_turns(self) -> None:
+        """End a turn, let the other peers have theirs, and begin the next.
+
+        The children are looked at outside of it, as that takes a millisecond.
+        """
+        job = self._job
+        wall_sec, cpu_sec = time.time(), time.process_time()
+        if self._begun is not None:
+            children_sec, job.children_mib = _children()
+            job.turns.append((self._begun, Clocks(wall_sec, cpu_sec, children_sec)))
+        job.wait_for_turn()
+        children_sec, _ = _children()
+        self._begun = Clocks(time.time(), time.process_time(), children_sec)
 
 
 def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, object]:
@@ -170,13 +192,12 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
             has running statistics of its own.
         begun: time.time() when the command was given.
     """
-    first, last = job.window
-    steps = last - first
-    wall = job.wall_sec[first : last + 1]
-    walls = sorted(b - a for a, b in itertools.pairwise(wall))
-    children = job.children_sec[1] - job.children_sec[0]
-    cpu = job.cpu_sec[last] - job.cpu_sec[first]
-    first_step_sec = job.wall_sec[1] - begun  # the second batch is asked for at its end
+    steps = job.case.turns * job.case.turn
+    wall, cpu, children = (
+        sum(getattr(end, key) - getattr(begin, key) for begin, end in job.turns)
+        for key in ("wall_sec", "cpu_sec", "children_sec")
+    )
+    first_step_sec = job.first_step_ended - begun
     peak_rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with torch.device("meta"):  # for the names alone
         params = {name: weights[name].detach() for name, _ in job.model().named_parameters()}
@@ -184,15 +205,10 @@ def measured(job: Job, weights: dict[str, Tensor], begun: float) -> dict[str, ob
     for name in sorted(params):
         digest.update(name.encode() + params[name].contiguous().numpy().tobytes())
     return {
-        "steps": len(job.cpu_sec),
+        "steps": job.asked,
         "cpu_us": 1e6 * (cpu + children) / steps,
         "children_us": 1e6 * children / steps,
-        "wall_us_p10": 1e6 * walls[len(walls) // 10],
-        "wall_us_median": 1e6 * walls[len(walls) // 2],
-        "images_per_sec": job.case.batch_size
-        * job.world_size
-        * steps
-        / (job.wall_sec[last] - job.wall_sec[first]),
+        "images_per_sec": job.case.batch_size * job.world_size * steps / wall,
         "first_step_sec": first_step_sec,
         "throw_away_sec": job.throw_away_sec,
         "first_step_apart_sec": first_step_sec - job.throw_away_sec,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.job import PEAK_LR, WARM_STEPS, Batches, Job
+from benchmarks.peers.job import PEAK_LR, SETTLED, Batches, Job
 
 
 def plain(job: Job) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def fast(job: Job) -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            if step == WARM_STEPS:  # what lives by now stays: no collection goes through it again
+            if step == SETTLED:  # what lives by now stays: no collection goes through it again
                 gc.collect()
                 gc.freeze()
             if not job.lean and step % 50 == 0:

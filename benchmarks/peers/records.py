@@ -21,9 +21,9 @@ PACKAGES = {
     "hf_trainer": "transformers",
 }
 ABSENT = "not installed"
-# All that a worker runs; what only starts it or shows its results may change.
-WORKER = ("worker.py", "job.py", "loops.py", "frameworks.py", "ours.py")
-CODE = ("dist_train", "configs", *(f"benchmarks/peers/{name}" for name in WORKER))
+# All that decides what is measured; what only shows the results may change.
+MEASURE = ("one_round.py", "worker.py", "job.py", "loops.py", "frameworks.py", "ours.py")
+CODE = ("dist_train", "configs", *(f"benchmarks/peers/{name}" for name in MEASURE))
 SAME_TO = 1e-3  # relative, of the weights' norm with an optimizer that is not fused
 
 
@@ -59,7 +59,7 @@ class Record:
     outcome: Outcome
 
     @property
-    def turn(self) -> tuple[Cell, int, str]:
+    def place(self) -> tuple[Cell, int, str]:
         """Return what it was to measure: once in a series."""
         return self.cell, self.round, self.peer
 
@@ -139,7 +139,7 @@ def surroundings(python: str) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return a digest of all that a worker runs, as it is on the disk."""
+    """Return a digest of all that decides what is measured, as it is on the disk."""
     digest = hashlib.sha256()
     for top in CODE:
         for path in sorted([ROOT / top, *(ROOT / top).rglob("*")]):

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from benchmarks.peers.job import CASES
 from benchmarks.peers.records import Cell, Record, judged, newest_series
 from benchmarks.peers.worker import PEERS
 from dist_train.bench.intervals import Estimate, geometric_mean_of, mean_of
@@ -22,10 +23,10 @@ HEAD = (
     "peak memory, times plain's",
 )
 EXPLAINED = (
-    "One process of every loop at a time, in a new order each round; 1 rank by itself, 2 under "
-    "torchrun. Lean: no log, bar or checkpoint; default: what each does by itself. CPU time and "
-    "memory are means over the ranks, with their child processes (ours: {watchdog}), without "
-    "torchrun's own. "
+    "In a round every loop is started once, by itself, 1 rank as a plain process, 2 under "
+    "torchrun; then they take turns of {turn} steps, {turns} each, in a new order every time. "
+    "Lean: no log, bar or checkpoint; default: what each does by itself. CPU time and memory are "
+    "means over the ranks, with their child processes (ours: {watchdog}), without torchrun's own. "
     "Differences and ratios are of the same round, with their 95 % intervals; ours is ahead or "
     "behind where that leaves out zero. Every loop ends with the fastest one's weights, bit for "
     "bit; the plain one, whose optimizer is not fused, with their norm to 0.1 %. The fastest loop "
@@ -65,10 +66,11 @@ def _tables_of(records: Sequence[Record]) -> str:
     about = ", ".join(f"{name} {value}" for name, value in kept[0].surroundings.items())
     children = _mean(kept, "ours", "children_us")
     watchdog = "its watchdog" if children is None else f"its watchdog, {children:.0f} us a step"
+    case = CASES[cells[0].case]
     lines = [
         f"{cells[0].case} net, {dates}; {about}.",
         "",
-        EXPLAINED.format(watchdog=watchdog),
+        EXPLAINED.format(watchdog=watchdog, turn=case.turn, turns=case.turns),
         "",
     ]
     for cell in cells:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -19,6 +20,25 @@ PEERS = {
     "hf_trainer": "frameworks",
     "ours": "ours",
 }
+TURNS = "turns"  # the socket in a peer's folder
+GO = b"."  # the turn is this process's; sent back when the process ends it
+
+
+class _Turns:
+    """This process's side: it says that it waits, and goes on when it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+
+    def __call__(self) -> None:
+        """Wait for the turn; raises ConnectionError if nobody hands out turns any more."""
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(str(self._path))
+        self._socket.sendall(GO)
+        if self._socket.recv(1) != GO:
+            raise ConnectionError(f"{self._path}: nobody hands out turns any more")
 
 
 def main() -> None:
@@ -39,6 +59,7 @@ def main() -> None:
         precision=asked.precision,
         lean=asked.style == "lean",
         folder=asked.folder,
+        wait_for_turn=_Turns(asked.folder / TURNS),
     )
     module = __import__(f"benchmarks.peers.{PEERS[asked.peer]}", fromlist=[asked.peer])
     weights = getattr(module, asked.peer)(job)

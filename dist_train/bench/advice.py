@@ -4,6 +4,7 @@ from typing import Any
 
 WORTH = 0.03  # of the step: less is not worth a change
 SLOW_RANK = 1.15  # times a usual rank
+NO_ONES = 0.5  # what a wait for no rank in particular counts: its cure is the least certain
 
 
 def advice_for(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -19,7 +20,13 @@ def advice_for(result: dict[str, Any]) -> dict[str, Any] | None:
     losses = next(iter(result["lost_sec"].values()), None)
     if losses is not None:
         avoidable["sharing"] = sum(losses[name] for name in ("forward", "backward", "optimizer"))
-    part, sec = max(avoidable.items(), key=lambda item: item[1])
+    weight = dict.fromkeys(avoidable, 1.0)
+    if _slow_rank(result) is None:
+        weight["waiting"] = NO_ONES
+    part = max(avoidable, key=lambda name: weight[name] * avoidable[name])
+    if avoidable[part] < WORTH * step:
+        part = max(avoidable, key=lambda name: avoidable[name])
+    sec = avoidable[part]
     gain = sec / step
     if gain < WORTH:
         text = _about_compute(result)
@@ -47,8 +54,8 @@ def _host(result: dict[str, Any], sec: float) -> str:
 
 
 def _waiting(result: dict[str, Any], sec: float) -> str:
-    slow = result["slowest_rank"]
-    if slow is None or slow["times"] < SLOW_RANK:
+    slow = _slow_rank(result)
+    if slow is None:
         return (
             f"Ranks wait {_ms(sec)} for whichever is the slowest, each of them now and then: look "
             "for other work on the machine."
@@ -57,6 +64,12 @@ def _waiting(result: dict[str, Any], sec: float) -> str:
         f"Rank {slow['rank']} on {slow['host']} takes {slow['times']:.2f} times as long as the "
         f"others, which wait {_ms(sec)} for it: `dist-train doctor` says what is wrong there."
     )
+
+
+def _slow_rank(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the rank that the others wait for, if it is one."""
+    slow = result["slowest_rank"]
+    return slow if slow is not None and slow["times"] >= SLOW_RANK else None
 
 
 def _all_reduce(result: dict[str, Any], sec: float) -> str:

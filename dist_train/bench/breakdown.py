@@ -81,6 +81,26 @@ def alone_seconds(launch: dict[str, Any]) -> float | None:
     return _usual([_median_block(rank, "alone") for rank in ranks])
 
 
+def crowded_seconds(launch: dict[str, Any]) -> float:
+    """Return how much longer a step takes whose ranks want more cores than their host has.
+
+    Alone, ranks drift apart, and one computes while another sleeps or waits; in step with each
+    other all want the cores at once, and the last is done when the host has done the work of all.
+    On a GPU the host is busy with waiting too, which says nothing: 0.
+    """
+    hosts: dict[str, list[dict[str, Any]]] = {}
+    for rank in launch["ranks"]:
+        hosts.setdefault(rank["host"], []).append(rank)
+    found = 0.0
+    for ranks in hosts.values():
+        if ranks[0]["device"] != "cpu" or not ranks[0]["alone_cpu_sec"]:
+            continue
+        work = [statistics.median(rank["alone_cpu_sec"]) for rank in ranks]
+        cores, threads = ranks[0]["cores"], ranks[0]["threads"]
+        found = max(found, sum(work) / cores - max(work) / min(threads, cores))
+    return found
+
+
 def slowest_rank(launch: dict[str, Any]) -> tuple[int, str, float] | None:
     """Return (rank, host, times a usual rank's step) of the slowest rank, measured alone."""
     ranks = launch["ranks"]

@@ -11,6 +11,7 @@
         parts_sec, lost_sec             by part (breakdown.PARTS); lost: against the fewest ranks
         alone_sec                       a usual rank's step without the others, its batch ready
         jitter_sec                      standard deviation of the steps of one rank alone
+        crowded_sec                     what a step is longer for having more ranks than cores
         slowest_rank                    rank, host, times
         mfu, peak_flops_per_sec, peak_source, flops_per_sample
         memory_bytes                    of the rank with most
@@ -37,6 +38,7 @@ from dist_train.bench.breakdown import (
     PARTS,
     all_steps,
     alone_seconds,
+    crowded_seconds,
     lost,
     parts_of,
     slowest_rank,
@@ -94,6 +96,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lost_sec": {},
         "alone_sec": _mean_alone(launches),
         "jitter_sec": _jitter(launches),
+        "crowded_sec": statistics.median(map(crowded_seconds, launches)),
         "slowest_rank": _slowest(launches),
         "mfu": needed / (setup.num_ranks * peak),
         "peak_flops_per_sec": peak,

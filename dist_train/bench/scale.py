@@ -185,7 +185,8 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     Weak scaling of the step of the largest setup. What is checked is predicted from steps without
     the other ranks and from the sweep of all-reduces, by the ring that the sweep was fitted to: the
     residual of the very run would hide the model's error. The wait for data is no matter of the
-    model: it is taken as it was measured.
+    model: it is taken as it was measured. So are hosts with fewer cores than their ranks want: the
+    larger counts are of ranks that have theirs.
     """
     checked = []
     for result in setups:
@@ -199,7 +200,7 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         def measured(size: float, count: int, link: Link = found) -> float:
             return ring_sec(size, count, link)
 
-        told = step_sec(step, result["num_ranks"], measured)
+        told = step_sec(step, result["num_ranks"], measured) + result["crowded_sec"]
         checked.append(
             {
                 "num_ranks": result["num_ranks"],

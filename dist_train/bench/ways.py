@@ -4,6 +4,7 @@ full: as in training. ready: the batch lies ready. alone: also without the other
 forward, backward and optimizer, as in the shortest loop by hand.
 """
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,7 @@ class Steps:
         }
         self._clock: Clock = clock_for(ranks.device)
         self.phases: list[list[float]] = []  # of the last bare block: forward, backward, optimizer
+        self.cpu_sec = 0.0  # of a step of the last other block, all threads of this process
 
     def block(self, way: str, count: int) -> list[float]:
         """Take `count` steps; returns the seconds of each. Collective, waits for the device.
@@ -103,6 +105,7 @@ class Steps:
         parts, loop = self._parts, self._loops[way]
         meter, progress = loop.meter, loop.progress
         meter.resume()
+        cpu_begun = time.process_time()
         self._clock.mark()
         for _ in range(count):
             outcomes = train_step(parts, loop.feed, step=self._step)
@@ -116,6 +119,7 @@ class Steps:
                 meter.line(progress)
             self._clock.mark()
         times = self._clock.take()
+        self.cpu_sec = (time.process_time() - cpu_begun) / max(1, count)
         meter.pause()
         parts.recovery.settle()  # here, where those are who took the step
         return times

@@ -4,6 +4,7 @@ Rank 0 writes what all ranks measured into the file that the specification names
 """
 
 import json
+import os
 import random
 import resource
 import socket
@@ -148,6 +149,7 @@ def _rounds(
     length = _block_length([step_sec], ranks)
     blocks: dict[str, list[list[float]]] = {way: [] for way in ways}
     phases: list[list[list[float]]] = []
+    alone_cpu_sec: list[float] = []
     references, products = [], []
     reference, dice = Reference(ranks.device), random.Random(spec.seed)
     end = time.monotonic() + spec.seconds
@@ -159,11 +161,14 @@ def _rounds(
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(ways, len(ways)):
             blocks[way].append(steps.block(way, length))
+            if way == "alone":
+                alone_cpu_sec.append(steps.cpu_sec)
             if way == "bare":
                 phases.append(steps.phases)
     return {
         "blocks": blocks,
         "phases": phases,
+        "alone_cpu_sec": alone_cpu_sec,
         "reference_sec": references,
         "product_flops_per_sec": products,
         "block_steps": length,
@@ -196,6 +201,7 @@ def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
         "gradient_times": gradient_times,
         "all_reduce": _all_reduces(ranks),
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "sync": parts.replica.form,
         "precision": parts.precision,
