@@ -26,6 +26,8 @@ from dist_train.checkpoint_folder import (
 from dist_train.checkpoint_upkeep import sync_folder
 from dist_train.state_file import DTYPES, outline
 
+GRAIN_SIZE = 32768  # numbers: smaller tensors torch copies in one thread (at::internal::GRAIN_SIZE)
+
 
 class HostBuffers:
     """Copies states into host memory that is kept from one copy to the next.
@@ -76,9 +78,9 @@ class HostBuffers:
             self._kept[place] = kept
         self._used.add(place)
         self._on_device |= tensor.is_cuda
-        if tensor.is_cuda or not _is_one_block(tensor):
+        if tensor.is_cuda or tensor.numel() < GRAIN_SIZE or not _is_one_block(tensor):
             return kept.copy_(tensor, non_blocking=tensor.is_cuda)
-        # One thread: copy_ takes all of them, and waits for each where cores are shared.
+        # One thread, too: copy_ takes all of them, and waits for each where cores are shared.
         np.copyto(_bytes_of(kept), _bytes_of(tensor))
         return kept
 

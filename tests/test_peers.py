@@ -260,6 +260,15 @@ def test_a_rerun_does_what_is_missing_and_again_begins_anew(
     assert len({r.series for r in records.read(path)[11:]}) == 2
 
 
+def test_a_round_that_had_fewer_peers_is_not_filled_up_later() -> None:
+    other = Cell("tiny", "lean", 2, "fp32")
+    kept = [record_of("plain", 0), record_of("ours", 0), record_of("plain", 1)]
+    kept.append(record_of("plain", 0, base=replace(BASE, cell=other)))
+    to_do = command.rounds_to_do(kept, [CELL, other], ["plain", "ours"], 3)
+    assert to_do == [(1, other), (2, CELL), (2, other), (3, CELL), (3, other)]
+    assert command.rounds_to_do(kept, [CELL], ["plain"], 2) == []
+
+
 def test_cases_and_styles_have_tables_of_their_own(tmp_path: Path) -> None:
     resnet9, default = Cell("resnet9", "lean", 1, "fp32"), Cell("tiny", "default", 1, "fp32")
     runs = [record_of("plain", 0), record_of("plain", 0, 5e3, base=replace(BASE, cell=default))]
@@ -326,8 +335,9 @@ if {turns}:
 time.sleep(100)
 """,
     )
-    assert one(python, limit_sec=1.0).failed == "not done within 1 s"
-    rank, child, *_ = (tmp_path / "log").read_text().split()
+    assert one(python, limit_sec=5.0).failed == "not done within 5 s"
+    rank, child, *events = (tmp_path / "log").read_text().split()
+    assert events.count("goes") == turns
     wait_until(
         lambda: not (read_stat(int(rank)) or read_stat(int(child))), "one of them lives", 5.0
     )

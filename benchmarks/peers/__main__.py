@@ -11,6 +11,7 @@ import itertools
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def main() -> int:
     return 0
 
 
+def rounds_to_do(
+    kept: Sequence[Record], cells: Sequence[Cell], peers: Sequence[str], rounds: int
+) -> list[tuple[int, Cell]]:
+    """Return (number, cell) of what is missing until `rounds` rounds had all these peers.
+
+    One that had only some of them stays as it is: runs of two rounds are never mixed.
+    """
+    found = []
+    for cell in cells:
+        had: dict[int, set[str]] = {}
+        for record in kept:
+            if record.cell == cell:
+                had.setdefault(record.round, set()).add(record.peer)
+        missing = rounds - sum(mine >= set(peers) for mine in had.values())
+        first = max(had, default=-1) + 1
+        found += [(first + n, cell) for n in range(missing)]
+    return sorted(found, key=lambda item: item[0])
+
+
 def _run(asked: argparse.Namespace) -> int:
     here = records.surroundings(asked.python)
     lacking = [p for p in asked.peers if here.get(records.PACKAGES.get(p, "")) == records.ABSENT]
@@ -50,9 +70,7 @@ def _run(asked: argparse.Namespace) -> int:
     print(f"{path}: {len(kept)} runs of this series, {len(before) - len(kept)} set aside of others")
     choices = itertools.product([asked.case], asked.styles, asked.ranks, asked.precisions)
     cells = [Cell(*choice) for choice in choices]
-    done = {r.place for r in kept}
-    wanted = itertools.product(range(asked.rounds), cells)
-    to_do = [w for w in wanted if {(w[1], w[0], peer) for peer in asked.peers} - done]
+    to_do = rounds_to_do(kept, cells, asked.peers, asked.rounds)
     for count, (number, cell) in enumerate(to_do, 1):
         if records.code_digest() != here["code"]:
             sys.exit("peers: error: the code has changed meanwhile: run again for a new series")

@@ -85,6 +85,7 @@ class Job:
     lean: bool  # no log, progress bar or checkpoint; else what the peer does by default
     folder: Path
     wait_for_turn: Callable[[], None] = lambda: None
+    waited_sec: float = 0.0  # for turns
     asked: int = 0  # batches handed out so far
     first_step_ended: float = 0.0  # time of day: when the second batch was asked for
     turns: list[tuple[Clocks, Clocks]] = field(default_factory=list)  # at both ends of each
@@ -179,6 +180,7 @@ class Batches:
             children_sec, job.children_mib = _children()
             job.turns.append((self._begun, Clocks(wall_sec, cpu_sec, children_sec)))
         job.wait_for_turn()
+        job.waited_sec += time.time() - wall_sec
         children_sec, _ = _children()
         self._begun = Clocks(time.time(), time.process_time(), children_sec)
 

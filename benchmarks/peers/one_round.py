@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.intervals import ROOT
 from benchmarks.peers.job import CASES
@@ -52,73 +53,70 @@ class _Run:
     """One peer's processes, in a session of their own, until the context ends."""
 
     def __init__(self, python: str, peer: str, cell: Cell, limit_sec: float) -> None:
-        self._peer, self._cell, self._limit_sec = peer, cell, limit_sec
+        self._python, self._peer, self._cell = python, peer, cell
+        self._limit_sec = limit_sec
         self._failed: str | None = None
-        self._left = False  # a rank has ended before its last turn
         self._folder = Path(tempfile.mkdtemp(prefix="peers-"))
         self._output = self._folder / "output.txt"
         self._door = socket.socket(socket.AF_UNIX)
+        self._ranks: list[socket.socket] = []
+        self._process: subprocess.Popen[bytes] | None = None  # None: it has ended
+
+    def __enter__(self) -> "_Run":
         self._door.bind(str(self._folder / TURNS))
         self._door.listen()
         self._door.settimeout(POLL_SEC)
-        self._ranks: list[socket.socket] = []
+        cell = self._cell
         start = ["-m", "benchmarks.peers.worker"]
         if cell.ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
             start = [*launcher, f"--nproc-per-node={cell.ranks}", *start]
-        words = [peer, "--case", cell.case, "--precision", cell.precision, "--style", cell.style]
-        words += ["--folder", str(self._folder), "--begun", str(time.time())]
+        start += [self._peer, "--case", cell.case, "--precision", cell.precision]
+        start += ["--style", cell.style, "--folder", str(self._folder)]
         with self._output.open("w") as file:
             self._process = subprocess.Popen(
-                [python, *start, *words],
+                [self._python, *start, "--begun", str(time.time())],
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def __enter__(self) -> "_Run":
         return self
 
     def __exit__(self, *_: object) -> None:
-        _end(self._process, self._folder)
+        self._end()
         for one in (self._door, *self._ranks):
             one.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # our monitor may write its last report
 
     def wait_until_it_waits(self) -> None:
-        """Return when all ranks wait for their turn, or the peer has failed."""
-        if self._failed is None:
-            end = time.monotonic() + self._limit_sec
-            try:
-                while len(self._ranks) < self._cell.ranks:
-                    self._admit(end)
-                for rank in self._ranks:
-                    self._hear(rank, end)
-            except ConnectionError:
-                self._left = True  # `outcome` says why
+        """Return when all ranks wait for their turn, or the peer has failed and is no more."""
+        if self._process is None:
+            return
+        end = time.monotonic() + self._limit_sec
+        try:
+            while len(self._ranks) < self._cell.ranks:
+                self._admit(self._process, end)
+            for rank in self._ranks:
+                self._hear(rank, end)
+        except TooLateError:
+            self._fail(f"not done within {self._limit_sec:.0f} s")
+        except ConnectionError:  # a rank has ended
+            self._judge(self._process)
+            self._fail(self._failed or "it did not take all its turns")
 
     def give_turn(self) -> None:
         """Let every rank go on."""
-        if self._failed is None:
-            with contextlib.suppress(ConnectionError):
+        if self._process is not None:
+            with contextlib.suppress(ConnectionError):  # the next wait notices
                 for rank in self._ranks:
                     rank.sendall(GO)
 
     def outcome(self) -> Outcome:
         """Return what the peer has measured, once it has done what is left after the last turn."""
         self.give_turn()
-        results = []
-        if self._failed is None:
-            try:
-                code = self._process.wait(self._limit_sec)
-            except subprocess.TimeoutExpired:
-                self._fail(f"not done within {self._limit_sec:.0f} s")
-            else:
-                paths = sorted(self._folder.glob("rank*.json"))
-                results = [json.loads(path.read_text()) for path in paths]
-                self._judge(code, results)
+        results = self._judge(self._process) if self._process is not None else []
         if self._failed is not None:
             return Outcome(failed=self._failed)
         values = {
@@ -128,16 +126,16 @@ class _Run:
         }
         return Outcome(values=values, weights_sha256=results[0]["weights_sha256"])
 
-    def _admit(self, end: float) -> None:
+    def _admit(self, process: "subprocess.Popen[bytes]", end: float) -> None:
         """Take in one rank, if one is at the door."""
         with contextlib.suppress(TimeoutError):
             rank, _ = self._door.accept()
             rank.settimeout(POLL_SEC)
             self._ranks.append(rank)
             return
-        if self._process.poll() is not None:
+        if process.poll() is not None:
             raise ConnectionError
-        self._check(end)
+        _check(end)
 
     def _hear(self, rank: socket.socket, end: float) -> None:
         """Return when the rank says that it waits."""
@@ -146,46 +144,60 @@ class _Run:
                 if rank.recv(1) != GO:
                     raise ConnectionError
                 return
-            self._check(end)
+            _check(end)
 
-    def _check(self, end: float) -> None:
-        if time.monotonic() > end:
+    def _judge(self, process: "subprocess.Popen[bytes]") -> list[dict[str, Any]]:
+        """Wait for the peer's end; return its ranks' results, and note why they do not count."""
+        try:
+            code = process.wait(self._limit_sec)
+        except subprocess.TimeoutExpired:
             self._fail(f"not done within {self._limit_sec:.0f} s")
-            raise ConnectionError
-
-    def _judge(self, code: int, results: Sequence[dict[str, object]]) -> None:
+            return []
+        paths = sorted(self._folder.glob("rank*.json"))
+        results = [json.loads(path.read_text()) for path in paths]
         if code != 0:
             output = self._output.read_text(errors="replace")
             self._fail(reason_in(output) or f"ended with {code}")
-        elif self._left:
-            self._fail("it did not take all its turns")
         elif len(results) != self._cell.ranks:
             self._fail(f"{len(results)} of {self._cell.ranks} ranks left a result")
         elif len({r["weights_sha256"] for r in results}) > 1:
             self._fail("the weights of its ranks differ")
+        return results
 
     def _fail(self, why: str) -> None:
         """Note it, and end the peer: the others are to be measured without it."""
-        self._failed = why
-        told = self._output.read_text(errors="replace")[-3000:]
-        print(f"{told}\n{self._peer}: {why}", file=sys.stderr, flush=True)
-        _end(self._process, self._folder)
+        if self._failed is None:
+            self._failed = why
+            told = self._output.read_text(errors="replace")[-3000:]
+            print(f"{told}\n{self._peer}: {why}", file=sys.stderr, flush=True)
+        self._end()
+
+    def _end(self) -> None:
+        """Kill all that still runs, once: torchrun gives each rank a session of its own, too."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        while groups := _groups_naming(self._folder):
+            for group in groups:
+                _kill_group(group)
+            time.sleep(POLL_SEC)
+        _kill_group(process.pid)  # what it started without naming the folder
+        process.wait()
+
+
+class TooLateError(Exception):
+    """A peer has taken too long."""
+
+
+def _check(end: float) -> None:
+    if time.monotonic() > end:
+        raise TooLateError
 
 
 def reason_in(output: str) -> str | None:
     """Return the first exception that was printed: that of the rank which failed first."""
     found = next(filter(None, map(RAISED.match, output.splitlines())), None)
     return found[1][:200] if found else None
-
-
-def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kill all that still runs: torchrun gives each rank a session of its own, too."""
-    while groups := _groups_naming(folder):
-        for group in groups:
-            _kill_group(group)
-        time.sleep(POLL_SEC)
-    _kill_group(process.pid)  # what it started without naming the folder
-    process.wait()
 
 
 def _kill_group(group: int) -> None:

@@ -58,11 +58,6 @@ class Record:
     peer: str
     outcome: Outcome
 
-    @property
-    def place(self) -> tuple[Cell, int, str]:
-        """Return what it was to measure: once in a series."""
-        return self.cell, self.round, self.peer
-
 
 def file_of(case: str) -> Path:
     """Return where a case's results are kept."""

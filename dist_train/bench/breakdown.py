@@ -27,9 +27,24 @@ MEANS = {
 }
 
 
-def step_seconds(launch: dict[str, Any], way: str = "full") -> float:
-    """Return the seconds of a step: the median of the blocks, of each the mean over its ranks."""
-    return statistics.median(_block_means(launch, way))
+def step_seconds(launch: dict[str, Any]) -> float:
+    """Return the seconds of a step: the mean over the ranks and the usual rounds."""
+    means = _block_means(launch, "full")
+    return statistics.fmean(means[number] for number in usual_rounds(launch))
+
+
+def usual_rounds(launch: dict[str, Any]) -> list[int]:
+    """Return the rounds that count: of all, those in the middle half by their whole length.
+
+    One was disturbed, in another the machine ran faster than it usually does. All parts are means
+    over the same rounds: so they add up to the step, whatever its noise, and what is not explained
+    is nothing that the choice of a mean or a median for each has made.
+    """
+    ways = [_block_means(launch, way) for way in launch["ranks"][0]["blocks"]]
+    lengths = [sum(means) for means in zip(*ways, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    left_out = len(order) // 4  # at each end
+    return sorted(order[left_out : len(order) - left_out])
 
 
 def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
@@ -37,15 +52,15 @@ def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
 
     data: full less ready. all_reduce: ready less the slowest of the ranks alone, step by step.
     waiting: that slowest less a usual rank (the lower median). host: a usual rank alone less bare.
-    forward, backward, optimizer: timed within the bare loop of a usual rank. Each is the median of
-    the rounds, in which the blocks of all ways follow each other.
+    forward, backward, optimizer: timed within the bare loop of a usual rank. Each is the mean of
+    the usual rounds, in which the blocks of all ways follow each other. residual: of the bare loop
+    what lies between these three.
     """
     ranks = launch["ranks"]
     if "bare" not in ranks[0]["blocks"]:
         return None
-    count = len(ranks[0]["blocks"]["full"])
-    rounds = [_round(ranks, number) for number in range(count)]
-    parts = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    rounds = [_round(ranks, number) for number in usual_rounds(launch)]
+    parts = {name: statistics.fmean(found[name] for found in rounds) for name in rounds[0]}
     if len(ranks) == 1:
         parts["waiting"] = parts["all_reduce"] = 0.0
     return parts | {"residual": step_seconds(launch) - sum(parts.values())}
@@ -78,7 +93,9 @@ def alone_seconds(launch: dict[str, Any]) -> float | None:
     ranks = launch["ranks"]
     if "alone" not in ranks[0]["blocks"]:
         return None
-    return _usual([_median_block(rank, "alone") for rank in ranks])
+    rounds = usual_rounds(launch)
+    means = [[statistics.fmean(block) for block in rank["blocks"]["alone"]] for rank in ranks]
+    return statistics.fmean(_usual([mine[number] for mine in means]) for number in rounds)
 
 
 def crowded_seconds(launch: dict[str, Any]) -> float:

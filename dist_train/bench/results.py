@@ -92,9 +92,9 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "images_per_sec": _finite(asdict(rate)),
         "step_sec_of_launches": times,
         **{f"step_sec_{name}": quantile(singles, share) for name, share in QUANTILES},
-        "parts_sec": _mean_parts(launches),
+        "parts_sec": _parts(launches, times, step.value),
         "lost_sec": {},
-        "alone_sec": _mean_alone(launches),
+        "alone_sec": _alone(launches, times, step.value),
         "jitter_sec": _jitter(launches),
         "crowded_sec": statistics.median(map(crowded_seconds, launches)),
         "slowest_rank": _slowest(launches),
@@ -140,16 +140,25 @@ def _jitter(launches: Sequence[dict[str, Any]]) -> float:
     return statistics.median(found)
 
 
-def _mean_parts(launches: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+def _parts(
+    launches: Sequence[dict[str, Any]], times: Sequence[float], step_sec: float
+) -> dict[str, float] | None:
+    """Return the parts of a step of `step_sec`: mean shares of the launches' own steps."""
     found = [parts for parts in map(parts_of, launches) if parts is not None]
     if not found:
         return None
-    return {name: statistics.fmean(parts[name] for parts in found) for name in PARTS}
+    return {name: step_sec * _mean_share([p[name] for p in found], times) for name in PARTS}
 
 
-def _mean_alone(launches: Sequence[dict[str, Any]]) -> float | None:
+def _alone(
+    launches: Sequence[dict[str, Any]], times: Sequence[float], step_sec: float
+) -> float | None:
     found = [sec for sec in map(alone_seconds, launches) if sec is not None]
-    return statistics.fmean(found) if found else None
+    return step_sec * _mean_share(found, times) if found else None
+
+
+def _mean_share(found: Sequence[float], times: Sequence[float]) -> float:
+    return statistics.fmean(sec / whole for sec, whole in zip(found, times, strict=True))
 
 
 def _slowest(launches: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
