@@ -6,7 +6,6 @@ what a save costs the steps beside which it is written, and so training with one
 """
 
 import contextlib
-import itertools
 import os
 import random
 import shutil
@@ -144,9 +143,9 @@ def saving(folder: Path) -> dict[str, Any]:
 def training(folder: Path) -> dict[str, Any]:
     """Return the share of the speed that is left with a save every 20 steps.
 
-    What a save costs is over after a step or two. So there is one every four steps here: the two
-    beside which it is written are compared with the two before and the two after, the machine's
-    speed being much the same in all six. The difference is then spread over 20 steps.
+    What a save costs is over after a step or two. So here two steps beside which one is written are
+    compared with the two before or after them, in which the machine's speed is much the same, and
+    the difference is spread over 20 steps.
     """
     words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=64"]
     words += ["device=cpu", "precision=bf16", "checkpoint.every_steps=20", "eval.every_epochs=null"]
@@ -172,13 +171,12 @@ def training(folder: Path) -> dict[str, Any]:
             return time.perf_counter() - start
 
         two_steps(save=True)
-        without, with_save = [two_steps(save=False)], []
+        dice, costs, usual = random.Random(0), [], []
         for _ in range(SAVES):
-            with_save.append(two_steps(save=True))
-            without.append(two_steps(save=False))
-    step_sec = statistics.fmean(without) / 2
-    around = [(a + b) / 2 for a, b in itertools.pairwise(without)]
-    costs = [sec - usual for sec, usual in zip(with_save, around, strict=True)]
+            sec = {save: two_steps(save=save) for save in dice.sample((False, True), 2)}
+            costs.append(sec[True] - sec[False])
+            usual.append(sec[False])
+    step_sec = statistics.fmean(usual) / 2
     period_sec = EVERY_STEPS * step_sec
     cost = mean_of(costs)
     low, high = (period_sec / (period_sec + sec) for sec in (cost.high, cost.low))
@@ -232,6 +230,6 @@ def table(found: dict[str, Any]) -> str:
             f"Training it (batches of 64, {training['precision']}, {training['step_ms']:.0f} ms a "
             f"step) with a save every {training['every_steps']} steps runs at {mean:.1f} +- "
             f"{half:.1f} % of the speed without: one costs {plus_minus(training['cost_ms'], 0)} ms "
-            f"({training['saves']} saves, each against the steps around it).",
+            f"({training['saves']} saves, each against two steps beside it).",
         ]
     )

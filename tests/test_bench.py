@@ -93,8 +93,9 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "gradient_times": [(1_000_000, 0.001), (3_000_000, 0.004)],
         "micro_batch_size": None,
         "threads": 1,
-        "cores": 2,
+        "cores": [0, 1],
         "alone_cpu_sec": [0.002] * BLOCKS,
+        "alone_core_delay_sec": [0.0] * BLOCKS,
         "device": "cpu",
     }
 
@@ -368,7 +369,13 @@ def test_more_ranks_than_cores_wait_for_the_cores() -> None:
     )
     assert less == pytest.approx(0.007)
     for rank in launch["ranks"]:
-        rank["device"] = "NVIDIA H200"
+        rank["alone_core_delay_sec"] = [0.006] * BLOCKS  # alone they were in each other's way, too
+    assert crowded_seconds(launch) == pytest.approx(0.001)
+    for number, rank in enumerate(launch["ranks"]):
+        launch["ranks"][number] = rank | {"cores": [number]}
+    assert crowded_seconds(launch) == 0.0  # a core for each
+    for rank in launch["ranks"]:
+        rank |= {"cores": [0, 1], "device": "NVIDIA H200"}
     assert crowded_seconds(launch) == 0.0
 
 

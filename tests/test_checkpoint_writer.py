@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dist_train import checkpoint_writer
-from dist_train.checkpoint import HostBuffers, load_state
+from dist_train.checkpoint import GRAIN_SIZE, HostBuffers, load_state
 from dist_train.checkpoint_folder import list_checkpoints, newest_good, read_verified
 from dist_train.checkpoint_upkeep import set_aside_after, tidy
 from dist_train.checkpoint_writer import CheckpointWriter
@@ -194,14 +194,19 @@ def test_host_buffers_hold_what_was_copied_last_and_are_used_again() -> None:
         "half": torch.randn(5).bfloat16(),
         "none": torch.empty(0),
         "list": [torch.ones(2)],
+        "large": torch.randn(GRAIN_SIZE),
+        "large wide": torch.randn(8, 64, 8, 8).contiguous(memory_format=torch.channels_last),
+        "large turned": torch.randn(256, 128).t(),
+        "large half": torch.randn(256, 128).bfloat16(),
     }
+    assert all(t.numel() >= GRAIN_SIZE for name, t in state.items() if name.startswith("large"))
     first = buffers.copy(state)
     where = first["wide"].data_ptr()
-    for value in (first["wide"], first["turned"]):
+    for value in (first["wide"], first["turned"], first["large"], first["large wide"]):
         value.zero_()
     again = buffers.copy(state)
     assert again["wide"].data_ptr() == where
-    for name in ("wide", "turned", "every other", "scalar", "flags", "half", "none"):
+    for name in state.keys() - {"list"}:
         assert torch.equal(again[name], state[name]), name
         assert again[name].data_ptr() != state[name].data_ptr() or name == "none"
     state["flags"][0] = False

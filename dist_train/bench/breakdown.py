@@ -51,18 +51,16 @@ def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
     """Return seconds by part; None if the ways it needs were not measured.
 
     data: full less ready. all_reduce: ready less the slowest of the ranks alone, step by step.
-    waiting: that slowest less a usual rank (the lower median). host: a usual rank alone less bare.
-    forward, backward, optimizer: timed within the bare loop of a usual rank. Each is the mean of
-    the usual rounds, in which the blocks of all ways follow each other. residual: of the bare loop
-    what lies between these three.
+    waiting: that slowest less a usual rank (the lower median). host: a usual rank alone (of one
+    rank: ready) less bare. forward, backward, optimizer: timed within the bare loop of a usual
+    rank. Each is the mean of the usual rounds, in which the blocks of all ways follow each other.
+    residual: of the bare loop what lies between these three.
     """
     ranks = launch["ranks"]
     if "bare" not in ranks[0]["blocks"]:
         return None
     rounds = [_round(ranks, number) for number in usual_rounds(launch)]
     parts = {name: statistics.fmean(found[name] for found in rounds) for name in rounds[0]}
-    if len(ranks) == 1:
-        parts["waiting"] = parts["all_reduce"] = 0.0
     return parts | {"residual": step_seconds(launch) - sum(parts.values())}
 
 
@@ -71,12 +69,14 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
     blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
     mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
     full, ready = statistics.fmean(mean["full"]), statistics.fmean(mean["ready"])
-    alone, bare = _usual(mean["alone"]), _usual(mean["bare"])
-    slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
-    forward, backward, optimizer = (
-        _usual([statistics.fmean(step[i] for step in rank["phases"][number]) for rank in ranks])
-        for i in range(3)
-    )
+    bare = _usual(mean["bare"])
+    phases = ranks[mean["bare"].index(bare)]["phases"][number]
+    forward, backward, optimizer = (statistics.fmean(step[i] for step in phases) for i in range(3))
+    if len(ranks) == 1:  # alone it is anyhow
+        alone = slowest = ready
+    else:
+        alone = _usual(mean["alone"])
+        slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
     return {
         "data": full - ready,
         "forward": forward,
@@ -103,7 +103,8 @@ def crowded_seconds(launch: dict[str, Any]) -> float:
 
     Alone, ranks drift apart, and one computes while another sleeps or waits; in step with each
     other all want the cores at once, and the last is done when the host has done the work of all.
-    On a GPU the host is busy with waiting too, which says nothing: 0.
+    What a rank waited for a core alone, too, is no part of it. On a GPU the host is busy with
+    waiting, which says nothing: 0.
     """
     hosts: dict[str, list[dict[str, Any]]] = {}
     for rank in launch["ranks"]:
@@ -112,9 +113,11 @@ def crowded_seconds(launch: dict[str, Any]) -> float:
     for ranks in hosts.values():
         if ranks[0]["device"] != "cpu" or not ranks[0]["alone_cpu_sec"]:
             continue
+        cores = len({core for rank in ranks for core in rank["cores"]})
         work = [statistics.median(rank["alone_cpu_sec"]) for rank in ranks]
-        cores, threads = ranks[0]["cores"], ranks[0]["threads"]
-        found = max(found, sum(work) / cores - max(work) / min(threads, cores))
+        alone = max(work) / min(ranks[0]["threads"], cores)
+        delay = _usual([statistics.median(rank["alone_core_delay_sec"]) for rank in ranks])
+        found = max(found, sum(work) / cores - alone - delay)
     return found
 
 

@@ -107,11 +107,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         check_matplotlib()
         if options.page.suffix != ".html":
             raise ConfigError(f"--page={options.page} must end with .html")
-    if options.compare is not None and read_json(options.compare).get("schema") != SCHEMA:
-        raise ConfigError(
-            f"--compare={options.compare} is no report of this benchmark: give a file that --json "
-            "wrote"
-        )
+    if options.compare is not None:
+        schema = read_json(options.compare).get("schema")
+        if schema != SCHEMA:
+            what = "no report of this benchmark" if schema is None else f"of schema {schema!r}"
+            raise ConfigError(
+                f"--compare={options.compare} is {what}: give a file that --json wrote, of schema "
+                f"{SCHEMA!r}"
+            )
     if options.work_dir is None and options.nodes is not None:
         options.work_dir = Path("runs")
         options.work_dir.mkdir(exist_ok=True)

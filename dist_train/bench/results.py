@@ -47,7 +47,7 @@ from dist_train.bench.breakdown import (
 from dist_train.bench.intervals import geometric_mean_of, quantile
 from dist_train.bench.launches import Setup
 
-SCHEMA = "dist_train.bench/1"
+SCHEMA = "dist_train.bench/2"
 QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 
 

@@ -185,8 +185,8 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     Weak scaling of the step of the largest setup. What is checked is predicted from steps without
     the other ranks and from the sweep of all-reduces, by the ring that the sweep was fitted to: the
     residual of the very run would hide the model's error. The wait for data is no matter of the
-    model: it is taken as it was measured. So are hosts with fewer cores than their ranks want: the
-    larger counts are of ranks that have theirs.
+    model: it is taken as it was measured. So is how long a step waits for cores, where ranks want
+    more than their host has; of larger counts that is not known, and left out.
     """
     checked = []
     for result in setups:

@@ -4,6 +4,7 @@ full: as in training. ready: the batch lies ready. alone: also without the other
 forward, backward and optimizer, as in the shortest loop by hand.
 """
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from dist_train.data.loaders import Data
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.gradients import backward
 from dist_train.metrics import Meter
+from dist_train.monitor.processes import core_delay_ns
 from dist_train.progress import Progress
 from dist_train.start import open_feed
 from dist_train.state import Parts
@@ -54,7 +56,9 @@ class Steps:
         }
         self._clock: Clock = clock_for(ranks.device)
         self.phases: list[list[float]] = []  # of the last bare block: forward, backward, optimizer
-        self.cpu_sec = 0.0  # of a step of the last other block, all threads of this process
+        # Of a step of the last other block: CPU time of all threads, and how long the first of
+        # them was ready to run and had no core.
+        self.cpu_sec = self.core_delay_sec = 0.0
 
     def block(self, way: str, count: int) -> list[float]:
         """Take `count` steps; returns the seconds of each. Collective, waits for the device.
@@ -105,7 +109,7 @@ class Steps:
         parts, loop = self._parts, self._loops[way]
         meter, progress = loop.meter, loop.progress
         meter.resume()
-        cpu_begun = time.process_time()
+        cpu_begun, delay_begun = time.process_time(), core_delay_ns(os.getpid())
         self._clock.mark()
         for _ in range(count):
             outcomes = train_step(parts, loop.feed, step=self._step)
@@ -120,6 +124,7 @@ class Steps:
             self._clock.mark()
         times = self._clock.take()
         self.cpu_sec = (time.process_time() - cpu_begun) / max(1, count)
+        self.core_delay_sec = (core_delay_ns(os.getpid()) - delay_begun) / 1e9 / max(1, count)
         meter.pause()
         parts.recovery.settle()  # here, where those are who took the step
         return times

@@ -149,7 +149,7 @@ def _rounds(
     length = _block_length([step_sec], ranks)
     blocks: dict[str, list[list[float]]] = {way: [] for way in ways}
     phases: list[list[list[float]]] = []
-    alone_cpu_sec: list[float] = []
+    alone_cpu_sec, alone_core_delay_sec = [], []
     references, products = [], []
     reference, dice = Reference(ranks.device), random.Random(spec.seed)
     end = time.monotonic() + spec.seconds
@@ -163,12 +163,14 @@ def _rounds(
             blocks[way].append(steps.block(way, length))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
+                alone_core_delay_sec.append(steps.core_delay_sec)
             if way == "bare":
                 phases.append(steps.phases)
     return {
         "blocks": blocks,
         "phases": phases,
         "alone_cpu_sec": alone_cpu_sec,
+        "alone_core_delay_sec": alone_core_delay_sec,
         "reference_sec": references,
         "product_flops_per_sec": products,
         "block_steps": length,
@@ -201,7 +203,7 @@ def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
         "gradient_times": gradient_times,
         "all_reduce": _all_reduces(ranks),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": sorted(os.sched_getaffinity(0)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "sync": parts.replica.form,
         "precision": parts.precision,
