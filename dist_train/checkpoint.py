@@ -4,6 +4,7 @@ What a checkpoint is on disk, and how it is verified, is in checkpoint_folder.py
 its name when all of it is on the disk. Only rank 0 reads and writes: nothing here is collective.
 """
 
+import ctypes
 import errno
 import hashlib
 import io
@@ -12,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from dist_train.checkpoint_folder import (
 from dist_train.checkpoint_upkeep import sync_folder
 from dist_train.state_file import DTYPES, outline
 
-GRAIN_SIZE = 32768  # numbers: smaller tensors torch copies in one thread (at::internal::GRAIN_SIZE)
+PIECE_BYTES = 1 << 20  # written and hashed in turns, while they are in the cache
 
 
 class HostBuffers:
@@ -78,10 +78,10 @@ class HostBuffers:
             self._kept[place] = kept
         self._used.add(place)
         self._on_device |= tensor.is_cuda
-        if tensor.is_cuda or tensor.numel() < GRAIN_SIZE or not _is_one_block(tensor):
+        if tensor.is_cuda or not _is_one_block(tensor):
             return kept.copy_(tensor, non_blocking=tensor.is_cuda)
-        # One thread, too: copy_ takes all of them, and waits for each where cores are shared.
-        np.copyto(_bytes_of(kept), _bytes_of(tensor))
+        # In one thread: copy_ takes all of them, and waits for each where cores are shared.
+        ctypes.memmove(kept.data_ptr(), tensor.data_ptr(), tensor.nbytes)
         return kept
 
 
@@ -89,13 +89,11 @@ _RULE = "a checkpoint holds dictionaries, lists, plain values and tensors of ord
 
 
 def _is_one_block(tensor: Tensor) -> bool:
+    """Return whether the tensor's bytes, one after the other, are its values."""
+    if tensor.is_conj() or tensor.is_neg():
+        return False
     wide = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return wide or tensor.is_contiguous()
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """Return a view of a tensor's bytes in the order of its memory."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _shown(place: tuple[str | int, ...]) -> str:
@@ -110,12 +108,11 @@ def write_checkpoint(folder: Path, state: dict[str, Any], *, step: int) -> Path:
     """
     target = folder / name_of(step)
     writing = folder / f".writing-{target.name}-{os.getpid()}"
-    data = serialised(state)
-    check_free(folder, len(data))
+    check_free(folder, _tensor_bytes(state))
     try:
         writing.mkdir(mode=0o755)
-        _write_file(writing / STATE_FILE, data)
-        _write_file(writing / MANIFEST_FILE, manifest_bytes(step, data))
+        num_bytes, sha256 = _write_state(writing / STATE_FILE, state)
+        _write_file(writing / MANIFEST_FILE, manifest_bytes(step, num_bytes, sha256))
         sync_folder(writing)
         if target.exists():  # a bad one, or the same step trained again
             replaced = folder / f".replaced-{target.name}-{os.getpid()}"
@@ -176,12 +173,88 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_file(path: Path, data: bytes | memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _tensor_bytes(value: Any) -> int:
+    """Return how many bytes the tensors of a state take."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_tensor_bytes, parts))
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> tuple[int, str]:
+    """Write `state` as a state.pt; returns how many bytes it has, and their sha256."""
+    with _NewFile(path) as file:
+        sink: Any = file  # torch declares a whole IO[bytes], and calls write and flush
+        torch.save(state, sink)
+        file.sync()
+    return file.num_bytes, file.sha256
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with _NewFile(path) as file:
+        file.write(memoryview(data))
+        file.sync()
+
+
+class _NewFile:
+    """A file that torch.save can write to, which is hashed on its way and never whole in memory.
+
+    What the disk refuses is raised by `sync`: an error would cross torch's writer, which is in C++.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._small = bytearray()  # not written yet: torch.save writes many a few bytes
+        self._error: OSError | None = None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def __enter__(self) -> "_NewFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all bytes, once `sync` has returned."""
+        return self._sha256.hexdigest()
+
+    def write(self, data: memoryview) -> int:
+        """Append bytes."""
+        self.num_bytes += len(data)
+        if len(data) < PIECE_BYTES:
+            self._small += data
+            if len(self._small) >= PIECE_BYTES:
+                self.flush()
+            return len(data)
+        self.flush()
+        for start in range(0, len(data), PIECE_BYTES):
+            self._write(data[start : start + PIECE_BYTES])
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand on what was kept back."""
+        self._write(memoryview(self._small))
+        self._small = bytearray()
+
+    def sync(self) -> None:
+        """Return once all is on the disk.
+
+        Raises:
+            OSError: some of it could not be written.
+        """
+        self.flush()
+        if self._error is not None:
+            raise self._error
+        os.fsync(self._descriptor)
+
+    def _write(self, piece: memoryview) -> None:
+        if self._error is not None:
+            return
+        self._sha256.update(piece)
+        try:
+            while piece:
+                piece = piece[os.write(self._descriptor, piece) :]
+        except OSError as error:
+            self._error = error

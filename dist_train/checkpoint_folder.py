@@ -55,13 +55,13 @@ def step_of(path: Path) -> int:
     return int(found[1])
 
 
-def manifest_bytes(step: int, data: bytes | memoryview) -> bytes:
+def manifest_bytes(step: int, num_bytes: int, sha256: str) -> bytes:
     """Return the manifest of a state: JSON whose last entry is the sha256 of all before it."""
     record = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "saved_at": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "files": {STATE_FILE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+        "files": {STATE_FILE: {"bytes": num_bytes, "sha256": sha256}},
     }
     return sealed(record)
 

@@ -131,11 +131,9 @@ def arm(fault: Fault, stack: ExitStack) -> None:
     elif fault.place == "in the log":
         around(JsonlTracker, "log", before=True)
     elif fault.place == "in the save":
-        around(checkpoint, "_write_file", before=True)
+        around(checkpoint, "_write_state", before=True)
     elif fault.place == "between manifest and rename":
-        around(
-            checkpoint, "_write_file", before=False, only=lambda path, data: "manifest" in path.name
-        )
+        around(checkpoint, "_write_file", before=False)
 
 
 def around_backward(classification: Any, fire: Callable[[], None], stack: ExitStack) -> None:

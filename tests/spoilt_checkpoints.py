@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, swapped or made by somebody who means harm."""
 
+import hashlib
 import io
 import json
 import os
@@ -221,7 +222,9 @@ def crafted_states(mark: Path) -> dict[str, bytes]:
 def seal_state(path: Path, data: bytes) -> None:
     """Put crafted bytes into a checkpoint, with checksums that are right."""
     (path / "state.pt").write_bytes(data)
-    (path / "manifest.json").write_bytes(manifest_bytes(step_of(path), data))
+    (path / "manifest.json").write_bytes(
+        manifest_bytes(step_of(path), len(data), hashlib.sha256(data).hexdigest())
+    )
 
 
 def crafted_files(folder: Path) -> Count:

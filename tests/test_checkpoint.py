@@ -6,6 +6,7 @@ import pickle
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -194,13 +195,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_one_before(
     )
     writer.save(STATE, step=1, best_step=None)
     assert writer.wait()
-    real = checkpoint._write_file
-
-    def full(path: Path, data: bytes) -> None:
-        if path.name == "manifest.json":
-            raise OSError(28, "No space left on device")
-        real(path, data)
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(checkpoint, "_write_file", full)
     writer.save(STATE, step=2, best_step=None)
     assert not writer.wait()

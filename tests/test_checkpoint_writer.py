@@ -1,5 +1,7 @@
 """Training does not wait for a save, loses none that must exist, and hears of every failure."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train import checkpoint_writer
-from dist_train.checkpoint import GRAIN_SIZE, HostBuffers, load_state
-from dist_train.checkpoint_folder import list_checkpoints, newest_good, read_verified
+from dist_train import checkpoint, checkpoint_writer
+from dist_train.checkpoint import PIECE_BYTES, HostBuffers, load_state
+from dist_train.checkpoint_folder import (
+    list_checkpoints,
+    newest_good,
+    read_manifest,
+    read_verified,
+)
 from dist_train.checkpoint_upkeep import set_aside_after, tidy
 from dist_train.checkpoint_writer import CheckpointWriter
 from dist_train.config import CheckpointConfig
@@ -194,15 +201,15 @@ def test_host_buffers_hold_what_was_copied_last_and_are_used_again() -> None:
         "half": torch.randn(5).bfloat16(),
         "none": torch.empty(0),
         "list": [torch.ones(2)],
-        "large": torch.randn(GRAIN_SIZE),
-        "large wide": torch.randn(8, 64, 8, 8).contiguous(memory_format=torch.channels_last),
-        "large turned": torch.randn(256, 128).t(),
-        "large half": torch.randn(256, 128).bfloat16(),
+        "conjugate": torch.randn(4, dtype=torch.complex64).conj(),
+        "negative": torch.randn(4, dtype=torch.complex64).conj().imag,
+        "a part": torch.randn(10, 10)[3:5],
     }
-    assert all(t.numel() >= GRAIN_SIZE for name, t in state.items() if name.startswith("large"))
+    assert state["conjugate"].is_conj()
+    assert state["negative"].is_neg()
     first = buffers.copy(state)
     where = first["wide"].data_ptr()
-    for value in (first["wide"], first["turned"], first["large"], first["large wide"]):
+    for value in (first["wide"], first["turned"], first["a part"]):
         value.zero_()
     again = buffers.copy(state)
     assert again["wide"].data_ptr() == where
@@ -393,3 +400,24 @@ def test_a_read_only_folder_keeps_training_where_permissions_count(told: Told) -
     assert told.writer.wait()
     assert told.saved == [1]
     assert not folder.stat().st_mode & stat.S_IWOTH
+
+
+@pytest.mark.parametrize("numbers", [1, PIECE_BYTES // 4, PIECE_BYTES // 2 + 3])
+def test_a_manifest_says_what_was_written_in_pieces(tmp_path: Path, numbers: int) -> None:
+    state = {"w": torch.randn(numbers), "flags": [torch.ones(5, dtype=torch.bool)]}
+    path = checkpoint.write_checkpoint(tmp_path, state, step=1)
+    data = (path / "state.pt").read_bytes()
+    manifest = read_manifest(path)
+    assert manifest.state_sha256 == hashlib.sha256(data).hexdigest()
+    assert read_verified(path) == data
+    assert torch.equal(load_state(data)["w"], state["w"])
+
+
+def test_a_disk_that_refuses_the_middle_of_a_state_is_told_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    state = {"w": torch.randn(PIECE_BYTES)}
+    with refusing_writes(tmp_path, errno.EIO) as refused, pytest.raises(OSError, match="output"):
+        checkpoint.write_checkpoint(tmp_path, state, step=1)
+    assert refused.injected == 2  # a short write and an error: no more was tried
+    assert not list(tmp_path.iterdir())
