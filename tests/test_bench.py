@@ -25,6 +25,7 @@ from dist_train.bench.breakdown import (
     parts_of,
     slowest_rank,
     step_seconds,
+    usual_rounds,
 )
 from dist_train.bench.intervals import geometric_mean_of, mean_of
 from dist_train.bench.launches import FIXED, Setup, settings_of, setups_of
@@ -176,6 +177,61 @@ def test_a_round_that_was_disturbed_does_not_count() -> None:
     disturbed = at_speeds(two(), lambda: 10.0, 3)
     assert parts_of(disturbed) == pytest.approx(parts_of(quiet))
     assert step_seconds(disturbed) == pytest.approx(0.013)
+
+
+def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
+    """Return the launch as if each rank's step loaded its batch itself, in so many seconds."""
+    for rank, sec in zip(launch["ranks"], waits, strict=True):
+        del rank["blocks"]["ready"]
+        rank["waits"] = [[sec if step % 2 else 0.0 for step in range(STEPS)]] * BLOCKS
+    return launch
+
+
+def test_what_a_step_loads_itself_is_data_and_the_slowest_rank_counts() -> None:
+    parts = parts_of(own_loading(two(slow=1.25), 0.0004, 0.001))
+    assert parts is not None
+    assert parts["data"] == pytest.approx(0.0005)
+    assert parts["all_reduce"] == pytest.approx(0.0125 - 0.010)
+    assert sum(parts.values()) == pytest.approx(0.013)
+    parts = parts_of(own_loading(one(), 0.002))
+    assert parts is not None
+    assert (parts["data"], parts["host"]) == pytest.approx((0.001, 0.008 - 0.0071))
+
+
+def test_the_interval_of_a_part_is_that_of_its_rounds() -> None:
+    launches = [two(), two()]
+    for launch in launches:
+        for rank in launch["ranks"]:
+            for number in range(BLOCKS):  # the length of a round stays the same
+                more = 0.0002 * (number - 2)
+                rank["blocks"]["full"][number] = [0.013 + more] * STEPS
+                rank["blocks"]["ready"][number] = [0.012 - more] * STEPS
+    [setup] = setups_of([(2, 0)], 64, ("strong",))
+    [result] = results_of([(setup, launches)])
+    data = [0.001 + 0.0004 * (number - 2) for number in range(BLOCKS)]
+    used = [data[number] for number in usual_rounds(launches[0])] * 2
+    expected = mean_of(used)
+    assert result["parts_sec"]["data"] == pytest.approx(expected.value, rel=0.01)
+    assert result["parts_half_sec"]["data"] == pytest.approx(
+        expected.high - expected.value, rel=0.02
+    )
+    assert result["parts_half_sec"]["host"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_cost_that_is_sure_comes_before_a_larger_one_that_may_be_noise() -> None:
+    [setup] = setups_of([(2, 0)], 64, ("strong",))
+    [result] = results_of([(setup, [two(), two()])])
+    parts = dict.fromkeys(PARTS, 0.001) | {"data": 0.0015, "host": 0.002}
+    halves = dict.fromkeys(PARTS, 0.002) | {"data": 0.0001}
+    unsure = result | {"parts_sec": parts, "parts_half_sec": halves}
+    advice = advice_for(unsure)
+    assert advice is not None
+    assert advice["part"] == "data"
+    assert "12% (± 1%) shorter" in advice["text"]
+    for other in (dict.fromkeys(PARTS, 0.01), dict.fromkeys(PARTS, None)):  # nothing is sure
+        advice = advice_for(unsure | {"parts_half_sec": other})
+        assert advice is not None
+        assert advice["part"] == "host"
 
 
 def test_one_rank_waits_for_nobody() -> None:

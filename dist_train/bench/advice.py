@@ -10,32 +10,53 @@ NO_ONES = 0.5  # what a wait for no rank in particular counts: its cure is the l
 def advice_for(result: dict[str, Any]) -> dict[str, Any] | None:
     """Return {text, gain, part} for one setup; None if its parts were not measured.
 
-    `gain` is the share of the step's time that is saved if the part goes away wholly.
+    `gain` is the share of the step's time that is saved if the part goes away wholly. Of the parts
+    the one counts whose cost is at least the most: by the lower end of its interval. Only if none
+    is sure, the likely one counts.
     """
-    parts = result["parts_sec"]
-    if parts is None:
+    avoidable = _avoidable(result)
+    if avoidable is None:
         return None
     step = result["step_sec"]["value"]
-    avoidable = {name: parts[name] for name in ("data", "host", "waiting", "all_reduce")}
-    losses = next(iter(result["lost_sec"].values()), None)
-    if losses is not None:
-        avoidable["sharing"] = sum(losses[name] for name in ("forward", "backward", "optimizer"))
-    weight = dict.fromkeys(avoidable, 1.0)
-    if _slow_rank(result) is None:
-        weight["waiting"] = NO_ONES
-    part = max(avoidable, key=lambda name: weight[name] * avoidable[name])
-    if avoidable[part] < WORTH * step:
-        part = max(avoidable, key=lambda name: avoidable[name])
-    sec = avoidable[part]
-    gain = sec / step
-    if gain < WORTH:
-        text = _about_compute(result)
-        return {"part": "compute", "gain": None, "text": text}
-    return {"part": part, "gain": gain, "text": f"{_TEXTS[part](result, sec)} {_gain(gain)}"}
+    doubt = {"waiting": NO_ONES} if _slow_rank(result) is None else {}
+    sure = {
+        name: doubt.get(name, 1.0) * (sec - half)
+        for name, (sec, half) in avoidable.items()
+        if half is not None
+    }
+    likely = {name: doubt.get(name, 1.0) * sec for name, (sec, _) in avoidable.items()}
+    value = {name: sec for name, (sec, _) in avoidable.items()}
+    for ranking in (sure, likely, value):
+        part = max(ranking, key=lambda name: ranking[name], default=None)
+        if part is not None and ranking[part] >= WORTH * step:
+            sec, half = avoidable[part]
+            text = f"{_TEXTS[part](result, sec)} {_gain(sec / step, half and half / step)}"
+            return {"part": part, "gain": sec / step, "text": text}
+    return {"part": "compute", "gain": None, "text": _about_compute(result)}
 
 
-def _gain(gain: float) -> str:
-    return f"A step would be up to {gain:.0%} shorter."
+def _avoidable(result: dict[str, Any]) -> dict[str, tuple[float, float | None]] | None:
+    """Return (seconds, half of their interval) of each part that a change may save."""
+    parts, halves = result["parts_sec"], result["parts_half_sec"]
+    if parts is None:
+        return None
+    found = {
+        name: (parts[name], halves[name]) for name in ("data", "host", "waiting", "all_reduce")
+    }
+    scaling = next(iter(result["lost_sec"]), None)
+    if scaling is not None:
+        names = ("forward", "backward", "optimizer")
+        sec = sum(result["lost_sec"][scaling][name] for name in names)
+        halves = result["lost_half_sec"][scaling]
+        known = [halves[name] for name in names if halves[name] is not None]
+        half = sum(known) if len(known) == len(names) else None  # they are of the same blocks
+        found["sharing"] = (sec, half)
+    return found
+
+
+def _gain(gain: float, half: float | None) -> str:
+    spread = f" (± {half:.0%})" if half is not None and half >= 0.005 else ""
+    return f"A step would be up to {gain:.0%}{spread} shorter."
 
 
 def _data(result: dict[str, Any], sec: float) -> str:

@@ -48,27 +48,38 @@ def usual_rounds(launch: dict[str, Any]) -> list[int]:
 
 
 def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
-    """Return seconds by part; None if the ways it needs were not measured.
+    """Return seconds by part, each the mean of `rounds_of`; None if there are none."""
+    rounds = rounds_of(launch)
+    if not rounds:
+        return None
+    return {name: statistics.fmean(found[name] for found in rounds) for name in PARTS}
 
-    data: full less ready. all_reduce: ready less the slowest of the ranks alone, step by step.
-    waiting: that slowest less a usual rank (the lower median). host: a usual rank alone (of one
-    rank: ready) less bare. forward, backward, optimizer: timed within the bare loop of a usual
-    rank. Each is the mean of the usual rounds, in which the blocks of all ways follow each other.
-    residual: of the bare loop what lies between these three.
+
+def rounds_of(launch: dict[str, Any]) -> list[dict[str, float]]:
+    """Return seconds by part of each usual round; none if the ways it needs were not measured.
+
+    data: how long the ranks waited for it, the longest of them step by step, where that is all
+    that it costs; else full less ready. all_reduce: a step whose batch is ready less the slowest
+    of the ranks alone, step by step. waiting: that slowest less a usual rank (the lower median).
+    host: a usual rank alone (of one rank: ready) less bare. forward, backward, optimizer: timed
+    within the bare loop of a usual rank. residual: of the bare loop what lies between these three.
     """
     ranks = launch["ranks"]
     if "bare" not in ranks[0]["blocks"]:
-        return None
-    rounds = [_round(ranks, number) for number in usual_rounds(launch)]
-    parts = {name: statistics.fmean(found[name] for found in rounds) for name in rounds[0]}
-    return parts | {"residual": step_seconds(launch) - sum(parts.values())}
+        return []
+    return [_round(ranks, number) for number in usual_rounds(launch)]
 
 
 def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
-    """Return the parts by the blocks of one round."""
+    """Return the parts by the blocks of one round, which follow each other."""
     blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
     mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
-    full, ready = statistics.fmean(mean["full"]), statistics.fmean(mean["ready"])
+    full = statistics.fmean(mean["full"])
+    if "ready" in mean:
+        ready = statistics.fmean(mean["ready"])
+    else:
+        waits = zip(*(rank["waits"][number] for rank in ranks), strict=True)
+        ready = full - statistics.fmean(map(max, waits))
     bare = _usual(mean["bare"])
     phases = ranks[mean["bare"].index(bare)]["phases"][number]
     forward, backward, optimizer = (statistics.fmean(step[i] for step in phases) for i in range(3))
@@ -77,7 +88,7 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
     else:
         alone = _usual(mean["alone"])
         slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
-    return {
+    parts = {
         "data": full - ready,
         "forward": forward,
         "backward": backward,
@@ -86,6 +97,7 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
         "waiting": slowest - alone,
         "all_reduce": ready - slowest,
     }
+    return parts | {"residual": full - sum(parts.values())}
 
 
 def alone_seconds(launch: dict[str, Any]) -> float | None:

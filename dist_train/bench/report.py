@@ -60,7 +60,7 @@ def _breakdown(setups: list[dict[str, Any]]) -> list[str]:
     rows = [
         (
             MEANS[part],
-            *(f"{1000 * r['parts_sec'][part]:.2f} ({_share(r, part):.1%})" for r in shown),
+            *(f"{_part(r, part)} ({_share(r, part):.1%})" for r in shown),
         )
         for part in PARTS
     ]
@@ -120,6 +120,13 @@ def _scale(scale: dict[str, Any]) -> list[str]:
         f"  (a failure of each GPU in {useful['mtbf_hours_of_one']:,.0f} hours; a save stalls "
         f"{1000 * useful['save_sec']:.0f} ms, a restart takes {useful['restart_sec']:.1f} s here)",
     ]
+
+
+def _part(result: dict[str, Any], part: str) -> str:
+    """Return the milliseconds of a part ± half of its interval."""
+    sec, half = result["parts_sec"][part], result["parts_half_sec"][part]
+    text = f"{1000 * sec:.2f}"
+    return text if not half else f"{text} ± {1000 * half:.2f}"
 
 
 def _share(result: dict[str, Any], part: str) -> float:

@@ -9,6 +9,7 @@
         step_sec_p50, _p90, _p99        of all single steps
         speedup, efficiency             by scaling: {value, low, high}, against the fewest ranks
         parts_sec, lost_sec             by part (breakdown.PARTS); lost: against the fewest ranks
+        parts_half_sec, lost_half_sec   half of their 95 % intervals, over the rounds; or null
         alone_sec                       a usual rank's step without the others, its batch ready
         jitter_sec                      standard deviation of the steps of one rank alone
         crowded_sec                     what a step is longer for having more ranks than cores
@@ -30,7 +31,7 @@ that goes, or means something else, raises it. Imports no torch.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,11 +41,11 @@ from dist_train.bench.breakdown import (
     alone_seconds,
     crowded_seconds,
     lost,
-    parts_of,
+    rounds_of,
     slowest_rank,
     step_seconds,
 )
-from dist_train.bench.intervals import geometric_mean_of, quantile
+from dist_train.bench.intervals import geometric_mean_of, mean_of, quantile
 from dist_train.bench.launches import Setup
 
 SCHEMA = "dist_train.bench/2"
@@ -73,6 +74,9 @@ def results_of(measured: Sequence[tuple[Setup, Sequence[dict[str, Any]]]]) -> li
                 result["lost_sec"][scaling] = lost(
                     result["parts_sec"], base["parts_sec"], shrink=shrink
                 )
+                result["lost_half_sec"][scaling] = _added(
+                    result["parts_half_sec"], base["parts_half_sec"], shrink=shrink
+                )
     return results
 
 
@@ -92,8 +96,9 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "images_per_sec": _finite(asdict(rate)),
         "step_sec_of_launches": times,
         **{f"step_sec_{name}": quantile(singles, share) for name, share in QUANTILES},
-        "parts_sec": _parts(launches, times, step.value),
+        **_parts(launches, times, step.value),
         "lost_sec": {},
+        "lost_half_sec": {},
         "alone_sec": _alone(launches, times, step.value),
         "jitter_sec": _jitter(launches),
         "crowded_sec": statistics.median(map(crowded_seconds, launches)),
@@ -142,12 +147,38 @@ def _jitter(launches: Sequence[dict[str, Any]]) -> float:
 
 def _parts(
     launches: Sequence[dict[str, Any]], times: Sequence[float], step_sec: float
-) -> dict[str, float] | None:
-    """Return the parts of a step of `step_sec`: mean shares of the launches' own steps."""
-    found = [parts for parts in map(parts_of, launches) if parts is not None]
-    if not found:
-        return None
-    return {name: step_sec * _mean_share([p[name] for p in found], times) for name in PARTS}
+) -> dict[str, Any]:
+    """Return the parts of a step of `step_sec`, and half of the interval of each.
+
+    They are mean shares of the launches' own steps, the intervals those of all rounds' shares.
+    """
+    found = [rounds_of(launch) for launch in launches]
+    if not all(found):
+        return {"parts_sec": None, "parts_half_sec": None}
+    parts, halves = {}, {}
+    for name in PARTS:
+        shares = [
+            [one[name] / whole for one in rounds]
+            for rounds, whole in zip(found, times, strict=True)
+        ]
+        parts[name] = step_sec * statistics.fmean(map(statistics.fmean, shares))
+        spread = mean_of([share for rounds in shares for share in rounds])
+        halves[name] = step_sec * (spread.high - spread.value)
+    return {"parts_sec": parts, "parts_half_sec": _finite(halves)}
+
+
+def _added(
+    halves: dict[str, float | None], alone: dict[str, float | None], *, shrink: float
+) -> dict[str, float | None]:
+    """Return half of the interval of breakdown.lost, whose two sides do not depend on each other.
+
+    One that is unknown is None.
+    """
+    pairs = {name: (half, alone[name]) for name, half in halves.items()}
+    return {
+        name: None if mine is None or other is None else math.hypot(mine, shrink * other)
+        for name, (mine, other) in pairs.items()
+    }
 
 
 def _alone(
@@ -202,6 +233,6 @@ def _rate(result: dict[str, Any], step_sec: float) -> float:
     return result["global_batch_size"] / step_sec
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """JSON knows no infinity: an open end is null."""
     return {key: value if math.isfinite(value) else None for key, value in values.items()}

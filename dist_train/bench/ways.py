@@ -1,7 +1,8 @@
 """The ways in which a step is measured: as it is, and with one thing after another left out.
 
 full: as in training. ready: the batch lies ready. alone: also without the other ranks. bare: only
-forward, backward and optimizer, as in the shortest loop by hand.
+forward, backward and optimizer, as in the shortest loop by hand. Where a step loads its batch in
+its own thread, how long that took is all that loading costs: no ready steps are needed.
 """
 
 import os
@@ -43,7 +44,11 @@ class Steps:
         feed = open_feed(parts, data, last_step=ENDLESS)
         self.batch = feed.take(0)  # the one that lies ready
         self._ahead = 0  # batches that workers load while nobody takes one
-        if isinstance(data.loader, WorkerLoader):
+        beside = isinstance(data.loader, WorkerLoader)
+        self.ways = [way for way in WAYS if way != "ready" or beside or ranks.device.type != "cpu"]
+        if parts.config.parallel.sync_batchnorm:  # its forward waits for the others
+            self.ways = [way for way in self.ways if way in ("full", "ready")]
+        if beside:
             self._ahead = min(PREFETCHED * parts.config.data.num_workers, MOST_UNMEASURED)
         self._unmeasured = 0  # steps to take before the next full block
         self._step = 0  # of all ways together
@@ -56,6 +61,7 @@ class Steps:
         }
         self._clock: Clock = clock_for(ranks.device)
         self.phases: list[list[float]] = []  # of the last bare block: forward, backward, optimizer
+        self.waits: list[float] = []  # of the last full block: seconds until the batch was there
         # Of a step of the last other block: CPU time of all threads, and how long the first of
         # them was ready to run and had no core.
         self.cpu_sec = self.core_delay_sec = 0.0
@@ -108,11 +114,13 @@ class Steps:
         """Take steps as dist_train.train does, without what belongs to epochs."""
         parts, loop = self._parts, self._loops[way]
         meter, progress = loop.meter, loop.progress
+        waits = []
         meter.resume()
         cpu_begun, delay_begun = time.process_time(), core_delay_ns(os.getpid())
         self._clock.mark()
         for _ in range(count):
             outcomes = train_step(parts, loop.feed, step=self._step)
+            waits.append(loop.feed.take_waited_sec())
             self._step += 1
             progress.step += 1
             meter.add(outcomes)
@@ -123,6 +131,8 @@ class Steps:
                 meter.line(progress)
             self._clock.mark()
         times = self._clock.take()
+        if way == "full":
+            self.waits = waits
         self.cpu_sec = (time.process_time() - cpu_begun) / max(1, count)
         self.core_delay_sec = (core_delay_ns(os.getpid()) - delay_begun) / 1e9 / max(1, count)
         meter.pause()
@@ -209,6 +219,9 @@ class _Ready:
     def take(self, step: int) -> Batch:
         return self._batch
 
+    def take_waited_sec(self) -> float:
+        return 0.0
+
 
 class _InTurn:
     """A feed whose batches follow each other, however far apart the steps are that ask."""
@@ -221,6 +234,9 @@ class _InTurn:
         if step != self._asked:
             self._asked, self._step = step, self._step + 1
         return self._feed.take(self._step)
+
+    def take_waited_sec(self) -> float:
+        return self._feed.take_waited_sec()
 
 
 class _Loop:
