@@ -92,6 +92,7 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "sync": "flat",
         "gradient_bytes": 4_000_000,
         "gradient_times": [(1_000_000, 0.001), (3_000_000, 0.004)],
+        "loader": "workers",
         "micro_batch_size": None,
         "threads": 1,
         "cores": [0, 1],
@@ -183,6 +184,7 @@ def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
     """Return the launch as if each rank's step loaded its batch itself, in so many seconds."""
     for rank, sec in zip(launch["ranks"], waits, strict=True):
         del rank["blocks"]["ready"]
+        rank["loader"] = "memory"
         rank["waits"] = [[sec if step % 2 else 0.0 for step in range(STEPS)]] * BLOCKS
     return launch
 
@@ -275,6 +277,7 @@ def test_strong_and_weak_scaling_meet_at_the_largest_count() -> None:
     ("launches", "part", "words"),
     [
         ([two(full=0.030)], "data", "data.loader=memory"),
+        ([own_loading(two(full=0.021), 0.018, 0.018)], "data", "data.crop_padding"),
         ([two(slow=1.9, ready=0.0162, full=0.0163)], "waiting", "Rank 1 on node1 takes 1.90 times"),
         ([two(ready=0.030, full=0.0301)], "all_reduce", "parallel.sync=overlap"),
         ([two(alone=0.020, ready=0.0202, full=0.0203)], "host", "Python needs"),

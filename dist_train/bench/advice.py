@@ -60,11 +60,18 @@ def _gain(gain: float, half: float | None) -> str:
 
 
 def _data(result: dict[str, Any], sec: float) -> str:
-    return (
-        f"Steps wait {_ms(sec)} for their batch: for pictures that fit into memory set "
-        "data.loader=memory, else raise data.num_workers (one a core that is free), or store the "
-        "pictures smaller."
-    )
+    if result["loader"] == "memory":
+        cure = (
+            "they are in memory, so what is left is to cut and mirror them: leave out what the "
+            "accuracy does not need (data.cutout, data.crop_padding, data.mixup), and see that "
+            "nothing else uses this rank's cores."
+        )
+    else:
+        cure = (
+            "for pictures that fit into memory set data.loader=memory, else raise "
+            "data.num_workers (one a core that is free), or store the pictures smaller."
+        )
+    return f"Steps wait {_ms(sec)} for their batch: {cure}"
 
 
 def _host(result: dict[str, Any], sec: float) -> str:

@@ -9,7 +9,7 @@ from dist_train.bench.intervals import T_95
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
 # Told where they differ.
-OF_THE_JOB = ("precision", "memory_format", "threads", "sync", "micro_batch_size")
+OF_THE_JOB = ("precision", "memory_format", "threads", "sync", "micro_batch_size", "loader")
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@
         save_sec                        what a step waits for when the state is saved
         reference_sec_of_launches       a fixed convolution: how fast the machine was
         precision, memory_format, sync, all_reduce, gradient_bytes, gradient_times,
-        micro_batch_size, threads
+        micro_batch_size, threads, loader (memory or workers)
     advice          text, part, gain (share of the step's time)
     scale           checked: the model of scale against what was measured; networks: what it says;
                     goodput: the useful share of the time with failures, and what it assumes
@@ -127,6 +127,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "flops_per_sample",
                 "gradient_bytes",
                 "gradient_times",
+                "loader",
                 "micro_batch_size",
                 "threads",
                 "device",

@@ -45,6 +45,7 @@ class Steps:
         self.batch = feed.take(0)  # the one that lies ready
         self._ahead = 0  # batches that workers load while nobody takes one
         beside = isinstance(data.loader, WorkerLoader)
+        self.loader = "workers" if beside else "memory"
         self.ways = [way for way in WAYS if way != "ready" or beside or ranks.device.type != "cpu"]
         if parts.config.parallel.sync_batchnorm:  # its forward waits for the others
             self.ways = [way for way in self.ways if way in ("full", "ready")]

@@ -194,6 +194,7 @@ def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
         "peak_of": None if peak is None else peak[1],
         "batch_size": len(steps.batch),
         "global_batch_size": steps.batch.global_size,
+        "loader": steps.loader,
         "micro_batch_size": parts.recovery.micro_batch_size,
         "gradient_bytes": sum(p.numel() * p.element_size() for p in parts.replica.params),
         "gradient_times": gradient_times,
