@@ -85,7 +85,7 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "steady": True,
         "start_to_first_step_sec": 4.0,
         "save_sec": 0.01,
-        "all_reduce": [(1000, 0.001), (1_000_000, 0.002)],
+        "all_reduce": [(1024, 0.001), (1_000_000, 0.002)],
         "batch_size": batch,
         "precision": "fp32",
         "memory_format": "channels_last",
@@ -326,7 +326,10 @@ def test_a_link_is_found_again_from_its_own_times() -> None:
     assert found.latency_sec == pytest.approx(link.latency_sec)
     assert found.bytes_per_sec == pytest.approx(link.bytes_per_sec)
     assert fitted_link(sweep, 1) is None
-    assert fitted_link([(4, 1.0), (1 << 20, 0.5)], 2) is None
+    assert fitted_link([(1 << 10, 1.0), (1 << 20, 0.5)], 2) is None
+    sweep[0] = (4, 2e-5)  # one number goes another way
+    assert fitted_link(sweep, 4) == found
+    assert fitted_link(sweep[:2], 4) is None
 
 
 def test_the_model_of_scale_hides_what_the_backward_covers() -> None:
@@ -402,7 +405,7 @@ def test_the_checked_prediction_is_by_the_ring_that_was_fitted() -> None:
     launch = two()
     launch["ranks"] = [rank | {"rank": n} for n, rank in enumerate(launch["ranks"] * 2)]
     for rank in launch["ranks"]:
-        rank["all_reduce"] = [(n, 6 * 0.01 + 1.5 * n / 1e9) for n in (4, 1 << 20, 16 << 20)]
+        rank["all_reduce"] = [(n, 6 * 0.01 + 1.5 * n / 1e9) for n in (1 << 10, 1 << 20, 16 << 20)]
     [setup] = setups_of([(4, 0)], 128, ("strong",))
     [result] = results_of([(setup, [launch, launch])])
     expected = 0.008 + result["parts_sec"]["data"] + 6 * 0.01 + 1.5 * 4e6 / 1e9
@@ -514,7 +517,7 @@ def test_the_report_shows_every_part_and_curve() -> None:
     assert "strong scaling" in text
     assert "not explained" in text
     assert "NVLink" in text
-    assert "(a failure of each GPU in 50,000 hours; a save stalls 10 ms" in text
+    assert "(a failure of each GPU in 50,000 hours; a save stalls 10.0 ms" in text
 
 
 def test_the_page_holds_all_of_the_report(tmp_path: Path) -> None:

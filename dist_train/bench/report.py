@@ -118,7 +118,7 @@ def _scale(scale: dict[str, Any]) -> list[str]:
         *lines,
         *_table(head, rows),
         f"  (a failure of each GPU in {useful['mtbf_hours_of_one']:,.0f} hours; a save stalls "
-        f"{1000 * useful['save_sec']:.0f} ms, a restart takes {useful['restart_sec']:.1f} s here)",
+        f"{1000 * useful['save_sec']:.1f} ms, a restart takes {useful['restart_sec']:.1f} s here)",
     ]
 
 
