@@ -21,6 +21,7 @@ from dist_train.bench.advice import advice_for
 from dist_train.bench.breakdown import (
     MEANS,
     PARTS,
+    alone_seconds,
     crowded_seconds,
     parts_of,
     slowest_rank,
@@ -178,6 +179,22 @@ def test_a_round_that_was_disturbed_does_not_count() -> None:
     disturbed = at_speeds(two(), lambda: 10.0, 3)
     assert parts_of(disturbed) == pytest.approx(parts_of(quiet))
     assert step_seconds(disturbed) == pytest.approx(0.013)
+
+
+def test_the_usual_rank_is_the_same_in_all_rounds() -> None:
+    """Now the one is lucky, now the other: the luckiest of each round would be no usual rank."""
+    launch = two(ready=0.010, full=0.010)
+    for number, rank in enumerate(launch["ranks"]):
+        rank["blocks"]["alone"] = [
+            [0.008 + 0.002 * (n % 2 == number)] * STEPS for n in range(BLOCKS)
+        ]
+    parts = parts_of(launch)
+    assert parts is not None
+    assert usual_rounds(launch) == [1, 2, 3]
+    mean = (0.008 + 0.010 + 0.008) / 3  # of rank 0, which was lucky twice
+    assert parts["waiting"] == pytest.approx(0.010 - mean)
+    assert parts["host"] == pytest.approx(mean - 0.0071)
+    assert alone_seconds(launch) == pytest.approx(mean)
 
 
 def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
@@ -398,6 +415,8 @@ def test_the_checked_prediction_knows_nothing_of_the_run_s_residual() -> None:
     assert pair["alone_sec"] == pytest.approx(0.008, rel=1e-3)
     expected = pair["alone_sec"] + parts["data"] + 2 * link.latency_sec + 4e6 / link.bytes_per_sec
     assert check_of(pair)["predicted_sec"] == pytest.approx(expected)
+    late = pair | {"parts_sec": parts | {"waiting": 0.003}}
+    assert check_of(late)["predicted_sec"] == pytest.approx(expected + 0.003)
 
 
 def test_the_checked_prediction_is_by_the_ring_that_was_fitted() -> None:

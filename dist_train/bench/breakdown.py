@@ -60,17 +60,34 @@ def rounds_of(launch: dict[str, Any]) -> list[dict[str, float]]:
 
     data: how long the ranks waited for it, the longest of them step by step, where that is all
     that it costs; else full less ready. all_reduce: a step whose batch is ready less the slowest
-    of the ranks alone, step by step. waiting: that slowest less a usual rank (the lower median).
-    host: a usual rank alone (of one rank: ready) less bare. forward, backward, optimizer: timed
-    within the bare loop of a usual rank. residual: of the bare loop what lies between these three.
+    of the ranks alone, step by step. waiting: that slowest less the usual rank. host: the usual
+    rank alone (of one rank: ready) less bare. forward, backward, optimizer: timed within the bare
+    loop of the usual rank. residual: of the bare loop what lies between these three.
     """
     ranks = launch["ranks"]
     if "bare" not in ranks[0]["blocks"]:
         return []
-    return [_round(ranks, number) for number in usual_rounds(launch)]
+    numbers = usual_rounds(launch)
+    usual = ranks.index(_usual_rank(ranks, numbers))
+    return [_round(ranks, usual, number) for number in numbers]
 
 
-def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
+def _usual_rank(ranks: list[dict[str, Any]], numbers: list[int]) -> dict[str, Any]:
+    """Return the rank whose steps alone are the lower median, in all of these rounds together.
+
+    In each round by itself it would be the one that was lucky.
+    """
+    if len(ranks) == 1:
+        return ranks[0]
+    order = sorted(ranks, key=lambda rank: _alone_sec(rank, numbers))
+    return order[(len(order) - 1) // 2]
+
+
+def _alone_sec(rank: dict[str, Any], numbers: list[int]) -> float:
+    return statistics.fmean(statistics.fmean(rank["blocks"]["alone"][n]) for n in numbers)
+
+
+def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, float]:
     """Return the parts by the blocks of one round, which follow each other."""
     blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
     mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
@@ -80,13 +97,12 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
     else:
         waits = zip(*(rank["waits"][number] for rank in ranks), strict=True)
         ready = full - statistics.fmean(map(max, waits))
-    bare = _usual(mean["bare"])
-    phases = ranks[mean["bare"].index(bare)]["phases"][number]
+    bare, phases = mean["bare"][usual], ranks[usual]["phases"][number]
     forward, backward, optimizer = (statistics.fmean(step[i] for step in phases) for i in range(3))
     if len(ranks) == 1:  # alone it is anyhow
         alone = slowest = ready
     else:
-        alone = _usual(mean["alone"])
+        alone = mean["alone"][usual]
         slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
     parts = {
         "data": full - ready,
@@ -101,13 +117,12 @@ def _round(ranks: list[dict[str, Any]], number: int) -> dict[str, float]:
 
 
 def alone_seconds(launch: dict[str, Any]) -> float | None:
-    """Return the seconds of a usual rank's step without the others; None if not measured."""
+    """Return the seconds of the usual rank's step without the others; None if not measured."""
     ranks = launch["ranks"]
     if "alone" not in ranks[0]["blocks"]:
         return None
-    rounds = usual_rounds(launch)
-    means = [[statistics.fmean(block) for block in rank["blocks"]["alone"]] for rank in ranks]
-    return statistics.fmean(_usual([mine[number] for mine in means]) for number in rounds)
+    numbers = usual_rounds(launch)
+    return _alone_sec(_usual_rank(ranks, numbers), numbers)
 
 
 def crowded_seconds(launch: dict[str, Any]) -> float:

@@ -120,15 +120,18 @@ def fitted_link(sweep: Sequence[Sequence[float]], count: int) -> Link | None:
     return Link(max(latency, 0.0), 1 / per_byte)
 
 
-def step_sec(step: Step, count: int, reduce: Any) -> float:
+def step_sec(step: Step, count: int, reduce: Any, *, late_sec: float | None = None) -> float:
     """Return the time of a step on `count` ranks; `reduce(bytes, count)` is one all-reduce's.
 
-    The slowest of `count` ranks sets the pace: it is as late as the largest of so many normal
-    values is expected to be (Blom 1958, Statistical Estimates and Transformed Beta-Variables).
+    The slowest of `count` ranks sets the pace. Where it was not measured how late that is
+    (`late_sec`), it is taken for the largest of so many normal values (Blom 1958, Statistical
+    Estimates and Transformed Beta-Variables).
     """
     if count == 1:
         return step.alone_sec
-    late = step.jitter_sec * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+    late = late_sec
+    if late is None:
+        late = step.jitter_sec * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
     sizes = [size for size, _ in step.gradient_times]
     if not step.overlapped:
         return step.alone_sec + late + reduce(sum(sizes), count)
@@ -186,10 +189,11 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the model's error where it can be measured, and what it says of larger counts.
 
     Weak scaling of the step of the largest setup. What is checked is predicted from steps without
-    the other ranks and from the sweep of all-reduces, by the ring that the sweep was fitted to: the
-    residual of the very run would hide the model's error. The wait for data is no matter of the
-    model: it is taken as it was measured. So is how long a step waits for cores, where ranks want
-    more than their host has; of larger counts that is not known, and left out.
+    the other ranks, also how late the slowest of them is, and from the sweep of all-reduces, by the
+    ring that the sweep was fitted to: the residual of the very run would hide the model's error.
+    The wait for data is no matter of the model: it is taken as it was measured. So is how long a
+    step waits for cores, where ranks want more than their host has; of larger counts that is not
+    known, and left out.
     """
     checked = []
     for result in setups:
@@ -203,7 +207,9 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         def measured(size: float, count: int, link: Link = found) -> float:
             return ring_sec(size, count, link)
 
-        told = step_sec(step, result["num_ranks"], measured) + result["crowded_sec"]
+        late = result["parts_sec"]["waiting"]
+        told = step_sec(step, result["num_ranks"], measured, late_sec=late)
+        told += result["crowded_sec"]
         checked.append(
             {
                 "num_ranks": result["num_ranks"],
