@@ -34,7 +34,7 @@ SMALL_STEP = (  # some 20 ms on one core
     "device=cpu",
     "train.global_batch_size=96",
     "threads=1",
-    "precision=fp32",  # as the fixed convolution that a machine's own speed is told by
+    "precision=fp32",  # as the fixed net that a machine's own speed is told by
 )
 SLEEPING = (
     *SMALL_STEP,
@@ -122,7 +122,7 @@ def why(failure: Exception) -> str:
 def compare() -> dict[str, Any]:
     """Return in how many tries a change was told, of the same code and of slower code."""
     os.environ["PYTHONPATH"] = str(ROOT)  # the launches run this repository's worker
-    options = ["--nproc", "1", "--scaling", "strong", "--seconds", "2", "--repeats", "4"]
+    options = ["--nproc", "1", "--scaling", "strong", "--seconds", "4", "--repeats", "4"]
     with tempfile.TemporaryDirectory() as name, mock.patch.object(launches, "WORKER", WORKER):
         folder = Path(name)
 

@@ -24,6 +24,7 @@ from dist_train.bench.breakdown import (
     alone_seconds,
     crowded_seconds,
     parts_of,
+    relative_step,
     slowest_rank,
     step_seconds,
     usual_rounds,
@@ -195,6 +196,14 @@ def test_the_usual_rank_is_the_same_in_all_rounds() -> None:
     assert parts["waiting"] == pytest.approx(0.010 - mean)
     assert parts["host"] == pytest.approx(mean - 0.0071)
     assert alone_seconds(launch) == pytest.approx(mean)
+
+
+def test_a_step_is_divided_by_what_was_measured_beside_it() -> None:
+    """A machine that is slow for a while is slow for both; what hits one alone counts no round."""
+    launch = at_speeds(two(), lambda: 3.0, 1, 2)
+    for rank in launch["ranks"]:
+        rank["reference_sec"] = [0.001, 0.003, 0.003, 0.001, 0.0001]
+    assert relative_step(launch) == pytest.approx(13.0)
 
 
 def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
@@ -480,6 +489,7 @@ def times(result: dict[str, Any], factor: float, machine: float = 1.0) -> dict[s
     return result | {
         "step_sec_of_launches": step,
         "reference_sec_of_launches": [0.001 * machine for _ in noise],
+        "relative_step_of_launches": [sec / (0.001 * machine) for sec in step],
     }
 
 

@@ -33,6 +33,22 @@ def step_seconds(launch: dict[str, Any]) -> float:
     return statistics.fmean(means[number] for number in usual_rounds(launch))
 
 
+def relative_step(launch: dict[str, Any]) -> float:
+    """Return how many times as long as the fixed net's a step takes, by the usual ratio.
+
+    Each block of steps is divided by what the net took right before and after it; of these ratios
+    the mean of the middle half counts.
+    """
+    ranks = launch["ranks"]
+    references = zip(*(rank["reference_sec"] for rank in ranks), strict=True)
+    ratios = sorted(
+        block / statistics.fmean(reference)
+        for block, reference in zip(_block_means(launch, "full"), references, strict=True)
+    )
+    left_out = len(ratios) // 4  # at each end
+    return statistics.fmean(ratios[left_out : len(ratios) - left_out])
+
+
 def usual_rounds(launch: dict[str, Any]) -> list[int]:
     """Return the rounds that count: of all, those in the middle half by their whole length.
 
@@ -91,12 +107,7 @@ def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, fl
     """Return the parts by the blocks of one round, which follow each other."""
     blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
     mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
-    full = statistics.fmean(mean["full"])
-    if "ready" in mean:
-        ready = statistics.fmean(mean["ready"])
-    else:
-        waits = zip(*(rank["waits"][number] for rank in ranks), strict=True)
-        ready = full - statistics.fmean(map(max, waits))
+    full, ready = statistics.fmean(mean["full"]), _ready_sec(ranks, number)
     bare, phases = mean["bare"][usual], ranks[usual]["phases"][number]
     forward, backward, optimizer = (statistics.fmean(step[i] for step in phases) for i in range(3))
     if len(ranks) == 1:  # alone it is anyhow
@@ -116,12 +127,25 @@ def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, fl
     return parts | {"residual": full - sum(parts.values())}
 
 
+def _ready_sec(ranks: list[dict[str, Any]], number: int) -> float:
+    """Return the seconds of a step of one round whose batch lies ready."""
+    if "ready" in ranks[0]["blocks"]:
+        return statistics.fmean(statistics.fmean(rank["blocks"]["ready"][number]) for rank in ranks)
+    full = statistics.fmean(statistics.fmean(rank["blocks"]["full"][number]) for rank in ranks)
+    waits = zip(*(rank["waits"][number] for rank in ranks), strict=True)
+    return full - statistics.fmean(map(max, waits))
+
+
 def alone_seconds(launch: dict[str, Any]) -> float | None:
-    """Return the seconds of the usual rank's step without the others; None if not measured."""
-    ranks = launch["ranks"]
+    """Return the seconds of the usual rank's step without the others, its batch ready.
+
+    None if it was not measured.
+    """
+    ranks, numbers = launch["ranks"], usual_rounds(launch)
+    if len(ranks) == 1:
+        return statistics.fmean(_ready_sec(ranks, number) for number in numbers)
     if "alone" not in ranks[0]["blocks"]:
         return None
-    numbers = usual_rounds(launch)
     return _alone_sec(_usual_rank(ranks, numbers), numbers)
 
 

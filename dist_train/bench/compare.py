@@ -15,9 +15,9 @@ OF_THE_JOB = ("precision", "memory_format", "threads", "sync", "micro_batch_size
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a line for each setup that both have.
 
-    The step times are divided by those of a fixed convolution, measured between the blocks of the
-    same launch: a machine that is slower today is not taken for slower code. A change is told if
-    its 95 % interval (Welch 1947, Biometrika 34:28) leaves out zero and it is 1.5 % or more.
+    The step times are divided by those of a fixed small net, measured right before and after them:
+    a machine that is slower today is not taken for slower code. A change is told if its 95 %
+    interval (Welch 1947, Biometrika 34:28) leaves out zero and it is 1.5 % or more.
     """
     known = {_key(r): r for r in old["setups"]}
     lines = []
@@ -25,7 +25,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
         before = known.get(_key(result))
         if before is None:
             continue
-        change, half = _log_change(_adjusted(before), _adjusted(result))
+        change, half = _log_change(
+            before["relative_step_of_launches"], result["relative_step_of_launches"]
+        )
         machine, _ = _log_change(
             before["reference_sec_of_launches"], result["reference_sec_of_launches"]
         )
@@ -70,11 +72,6 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     return result["num_ranks"], result["num_nodes"], result["global_batch_size"]
-
-
-def _adjusted(result: dict[str, Any]) -> list[float]:
-    pairs = zip(result["step_sec_of_launches"], result["reference_sec_of_launches"], strict=True)
-    return [step / reference for step, reference in pairs]
 
 
 def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:

@@ -18,7 +18,8 @@
         memory_bytes                    of the rank with most
         warm_up_steps, steady, start_to_first_step_sec
         save_sec                        what a step waits for when the state is saved
-        reference_sec_of_launches       a fixed convolution: how fast the machine was
+        reference_sec_of_launches       a fixed small net's step: how fast the machine was
+        relative_step_of_launches       a step by that of the fixed net beside it
         precision, memory_format, sync, all_reduce, gradient_bytes, gradient_times,
         micro_batch_size, threads, loader (memory or workers)
     advice          text, part, gain (share of the step's time)
@@ -41,6 +42,7 @@ from dist_train.bench.breakdown import (
     alone_seconds,
     crowded_seconds,
     lost,
+    relative_step,
     rounds_of,
     slowest_rank,
     step_seconds,
@@ -48,7 +50,7 @@ from dist_train.bench.breakdown import (
 from dist_train.bench.intervals import geometric_mean_of, mean_of, quantile
 from dist_train.bench.launches import Setup
 
-SCHEMA = "dist_train.bench/2"
+SCHEMA = "dist_train.bench/3"
 QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 
 
@@ -117,6 +119,7 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
             statistics.median(sec for r in launch["ranks"] for sec in r["reference_sec"])
             for launch in launches
         ],
+        "relative_step_of_launches": [relative_step(launch) for launch in launches],
         "all_reduce": _median_reductions(launches),
         **{
             key: first[key]

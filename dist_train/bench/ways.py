@@ -2,7 +2,8 @@
 
 full: as in training. ready: the batch lies ready. alone: also without the other ranks. bare: only
 forward, backward and optimizer, as in the shortest loop by hand. Where a step loads its batch in
-its own thread, how long that took is all that loading costs: no ready steps are needed.
+its own thread, how long that took is all that loading costs: no ready steps are needed. One rank
+needs no steps alone.
 """
 
 import os
@@ -46,9 +47,14 @@ class Steps:
         self._ahead = 0  # batches that workers load while nobody takes one
         beside = isinstance(data.loader, WorkerLoader)
         self.loader = "workers" if beside else "memory"
-        self.ways = [way for way in WAYS if way != "ready" or beside or ranks.device.type != "cpu"]
+        left_out = set()
+        if not beside and ranks.device.type == "cpu":
+            left_out.add("ready")
+        if ranks.control is None:  # it is alone anyhow
+            left_out.add("alone")
         if parts.config.parallel.sync_batchnorm:  # its forward waits for the others
-            self.ways = [way for way in self.ways if way in ("full", "ready")]
+            left_out |= {"alone", "bare"}
+        self.ways = [way for way in WAYS if way not in left_out]
         if beside:
             self._ahead = min(PREFETCHED * parts.config.data.num_workers, MOST_UNMEASURED)
         self._unmeasured = 0  # steps to take before the next full block

@@ -150,9 +150,9 @@ def _rounds(
         late = time.monotonic() > end and number >= LEAST_ROUNDS
         if ranks.any(late):
             break
-        references.append(reference.seconds())
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(steps.ways, len(steps.ways)):
+            before = reference.seconds() if way == "full" else 0.0
             blocks[way].append(steps.block(way, length))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
@@ -160,6 +160,7 @@ def _rounds(
             if way == "bare":
                 phases.append(steps.phases)
             if way == "full":
+                references.append((before + reference.seconds()) / 2)
                 waits.append(steps.waits)
     return {
         "blocks": blocks,
