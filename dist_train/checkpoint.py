@@ -78,7 +78,7 @@ class HostBuffers:
             self._kept[place] = kept
         self._used.add(place)
         self._on_device |= tensor.is_cuda
-        if tensor.is_cuda or not _is_one_block(tensor):
+        if tensor.device.type != "cpu" or not _is_one_block(tensor):
             return kept.copy_(tensor, non_blocking=tensor.is_cuda)
         # In one thread: copy_ takes all of them, and waits for each where cores are shared.
         ctypes.memmove(kept.data_ptr(), tensor.data_ptr(), tensor.nbytes)
