@@ -122,7 +122,7 @@ def why(failure: Exception) -> str:
 def compare() -> dict[str, Any]:
     """Return in how many tries a change was told, of the same code and of slower code."""
     os.environ["PYTHONPATH"] = str(ROOT)  # the launches run this repository's worker
-    options = ["--nproc", "1", "--scaling", "strong", "--seconds", "4", "--repeats", "4"]
+    options = ["--nproc", "1", "--scaling", "strong"]  # as long as it takes by default
     with tempfile.TemporaryDirectory() as name, mock.patch.object(launches, "WORKER", WORKER):
         folder = Path(name)
 
