@@ -46,7 +46,7 @@ CAUSES = {"data 0.005": "data", "slow 1.5": "waiting", "link 0.005": "all_reduce
 DELAYS_SEC = (0.0, 0.001, 0.005)
 COUNTS = (4, 8)
 TRIES, SLOWER = 10, 0.05
-SECONDS, LIMIT_SEC, STOP_SEC, PORT = 3.0, 240.0, 60.0, 29500
+SECONDS, LAUNCHES, LIMIT_SEC, STOP_SEC, PORT = 3.0, 3, 240.0, 60.0, 29500
 SHOWN = 200  # characters of a failure, in the table
 FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)  # of one case
 
@@ -193,10 +193,11 @@ def over_a_link(words: tuple[str, ...], delay_sec: float) -> dict[str, Any]:
 def _result(
     words: tuple[str, ...], count: int, commands: list[list[str]], environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Launch all commands, the parts of one run, twice; return the result of both launches."""
+    """Launch all commands, the parts of one run, some times; return the result of all launches."""
     with tempfile.TemporaryDirectory() as name:
         measured = [
-            _launch(words, commands, environment, Path(name) / str(seed), seed) for seed in (0, 1)
+            _launch(words, commands, environment, Path(name) / str(seed), seed)
+            for seed in range(LAUNCHES)
         ]
     size = measured[0]["ranks"][0]["global_batch_size"]
     setup = Setup(num_ranks=count, num_nodes=0, global_batch_size=size, scalings=("strong",))

@@ -199,14 +199,14 @@ def _write_file(path: Path, data: bytes) -> None:
 class _NewFile:
     """A file that torch.save can write to, which is hashed on its way and never whole in memory.
 
-    What the disk refuses is raised by `sync`: an error would cross torch's writer, which is in C++.
+    What goes wrong is raised by `sync`: an error would cross torch's writer, which is in C++.
     """
 
     def __init__(self, path: Path) -> None:
         self.num_bytes = 0
         self._sha256 = hashlib.sha256()
         self._small = bytearray()  # not written yet: torch.save writes many a few bytes
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def __enter__(self) -> "_NewFile":
@@ -222,39 +222,41 @@ class _NewFile:
 
     def write(self, data: memoryview) -> int:
         """Append bytes."""
-        self.num_bytes += len(data)
-        if len(data) < PIECE_BYTES:
-            self._small += data
-            if len(self._small) >= PIECE_BYTES:
-                self.flush()
-            return len(data)
-        self.flush()
-        for start in range(0, len(data), PIECE_BYTES):
-            self._write(data[start : start + PIECE_BYTES])
-        return len(data)
+        size = len(data)
+        self.num_bytes += size
+        try:
+            if size < PIECE_BYTES:
+                self._small += data
+            if max(size, len(self._small)) >= PIECE_BYTES:
+                self._write_small()
+            if size >= PIECE_BYTES:
+                for start in range(0, size, PIECE_BYTES):
+                    self._write(data[start : start + PIECE_BYTES])
+        except Exception as error:  # a disk, a memory limit
+            self._error = self._error or error
+        return size
 
     def flush(self) -> None:
-        """Hand on what was kept back."""
-        self._write(memoryview(self._small))
-        self._small = bytearray()
+        """Do nothing: torch.save calls it, and `sync` follows."""
 
     def sync(self) -> None:
         """Return once all is on the disk.
 
         Raises:
-            OSError: some of it could not be written.
+            Exception: some of it could not be written: whatever went wrong first.
         """
-        self.flush()
         if self._error is not None:
             raise self._error
+        self._write_small()
         os.fsync(self._descriptor)
+
+    def _write_small(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._write(memoryview(small))
 
     def _write(self, piece: memoryview) -> None:
         if self._error is not None:
             return
         self._sha256.update(piece)
-        try:
-            while piece:
-                piece = piece[os.write(self._descriptor, piece) :]
-        except OSError as error:
-            self._error = error
+        while piece:
+            piece = piece[os.write(self._descriptor, piece) :]

@@ -27,6 +27,7 @@ from dist_train.bench.breakdown import (
     relative_step,
     slowest_rank,
     step_seconds,
+    steps_of_one,
     usual_rounds,
 )
 from dist_train.bench.intervals import geometric_mean_of, mean_of
@@ -108,8 +109,10 @@ ALONE = {"forward": 0.002, "backward": 0.004, "optimizer": 0.001, "bare": 0.0071
 
 
 def one(**more: float) -> dict[str, Any]:
-    sec = {"full": 0.009, "ready": 0.008, "alone": 0.008, **ALONE, **more}
-    return {"ranks": [made_up_rank(0, 64, **sec)]}
+    sec = {"full": 0.009, "ready": 0.008, "alone": 0.0, **ALONE, **more}
+    rank = made_up_rank(0, 64, **sec)
+    del rank["blocks"]["alone"]  # it is alone anyhow
+    return {"ranks": [rank | {"alone_cpu_sec": [], "alone_core_delay_sec": []}]}
 
 
 def two(slow: float = 1.0, **more: float) -> dict[str, Any]:
@@ -221,7 +224,17 @@ def test_what_a_step_loads_itself_is_data_and_the_slowest_rank_counts() -> None:
     assert parts["data"] == pytest.approx(0.0005)
     assert parts["all_reduce"] == pytest.approx(0.0125 - 0.010)
     assert sum(parts.values()) == pytest.approx(0.013)
-    parts = parts_of(own_loading(one(), 0.002))
+    # A rank that nobody waits for may load its batch meanwhile.
+    hidden = parts_of(own_loading(two(slow=1.25), 0.001, 0.0))
+    assert hidden is not None
+    assert hidden["data"] == 0.0
+    late = parts_of(own_loading(two(slow=1.25), 0.003, 0.0))
+    assert late is not None
+    assert late["data"] == pytest.approx((0.011 - 0.010) / 2)
+    launch = own_loading(one(), 0.002)
+    assert alone_seconds(launch) == pytest.approx(0.008)
+    assert steps_of_one(launch)[:2] == pytest.approx([0.009, 0.007])
+    parts = parts_of(launch)
     assert parts is not None
     assert (parts["data"], parts["host"]) == pytest.approx((0.001, 0.008 - 0.0071))
 
@@ -244,6 +257,21 @@ def test_the_interval_of_a_part_is_that_of_its_rounds() -> None:
         expected.high - expected.value, rel=0.02
     )
     assert result["parts_half_sec"]["host"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_launches_that_differ_make_the_interval_wider() -> None:
+    [single, pair] = setups_of([(1, 0), (2, 0)], 64, ("strong",))
+    pairs = [two(alone=0.008), two(alone=0.009)]
+    [_, result] = results_of([(single, [one(), one()]), (pair, pairs)])
+    spread = mean_of([0.0009, 0.0019])
+    assert result["parts_half_sec"]["host"] == pytest.approx(spread.high - spread.value)
+    assert [parts["host"] for parts in result["parts_sec_of_launches"]] == pytest.approx(
+        [0.0009, 0.0019]
+    )
+    # One rank: 0.0009 in both launches; half the batch, half of that.
+    assert result["lost_sec"]["strong"]["host"] == pytest.approx(0.0014 - 0.00045)
+    assert result["lost_half_sec"]["strong"]["host"] == pytest.approx(spread.high - spread.value)
+    assert result["lost_half_sec"]["strong"]["forward"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_cost_that_is_sure_comes_before_a_larger_one_that_may_be_noise() -> None:
@@ -517,7 +545,9 @@ def test_the_part_that_made_the_change_is_named_on_a_faster_and_a_slower_machine
     other = {name: machine * sec for name, sec in parts.items()}
     other["data"] += machine * more * step
     old = report_of([times(single, 1.0)])
-    new = report_of([times(single, 1 + more, machine) | {"parts_sec": other}])
+    changed = {"parts_sec": other, "step_sec": {"value": machine * (1 + more) * step}}
+    new = report_of([single])
+    new["setups"] = [times(single, 1 + more, machine) | changed]
     [line] = compare.compare(old, new)
     assert line["part"] == "data"
     assert "most of it waiting for data" in compare.as_text([line], old, new)
@@ -643,7 +673,8 @@ def test_a_page_without_parts_has_the_curves(tmp_path: Path) -> None:
     [single, pair] = measured_setups()
     for _, launches in (single, pair):
         for rank in (rank for launch in launches for rank in launch["ranks"]):
-            del rank["blocks"]["alone"], rank["blocks"]["bare"]
+            rank["blocks"].pop("alone", None)
+            del rank["blocks"]["bare"]
     report = report_of(results_of([single, pair]))
     assert set(panels_of(report)) == {"rates", "shares"}
     write_page(report, tmp_path / "report.html")
@@ -783,6 +814,27 @@ def batches_of_full_blocks(config: Config, ways: list[tuple[str, int]]) -> tuple
 def test_other_blocks_do_not_start_the_loader_anew(tmp_path: Path) -> None:
     ways = [("full", 2), ("ready", 2), ("full", 2), ("alone", 2), ("bare", 2), ("full", 2)]
     assert run_ranks(batches_of_full_blocks, 0, small(tmp_path), ways) == [([0], 6)]
+
+
+def ways_of(config: Config) -> list[str]:
+    with opened(config) as (steps, _):
+        return steps.ways
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "words", "ways"),
+    [
+        (0, (), ["full", "bare"]),
+        (2, (), ["full", "alone", "bare"]),
+        (2, ("data.loader=workers", "data.num_workers=1"), ["full", "ready", "alone", "bare"]),
+    ],
+)
+def test_only_ways_that_tell_something_are_measured(
+    world_size: int, words: tuple[str, ...], ways: list[str], tmp_path: Path
+) -> None:
+    for found in run_ranks(ways_of, world_size, small(tmp_path, *words)):
+        assert found == ways
 
 
 @pytest.mark.slow

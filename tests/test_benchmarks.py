@@ -149,7 +149,7 @@ def test_a_launch_that_hangs_is_told_with_what_its_ranks_said(
 
 def test_what_could_be_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = results_of(measured_setups())[1]
-    odd = pair | {"all_reduce": [(4, 0.002), (1 << 20, 0.001)]}
+    odd = pair | {"all_reduce": [(1 << 10, 0.002), (1 << 20, 0.001)]}
 
     def here(words: tuple[str, ...], count: int, fault: str | None = None) -> dict[str, Any]:
         if fault == "slow 1.5":

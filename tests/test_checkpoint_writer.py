@@ -202,11 +202,12 @@ def test_host_buffers_hold_what_was_copied_last_and_are_used_again() -> None:
         "none": torch.empty(0),
         "list": [torch.ones(2)],
         "conjugate": torch.randn(4, dtype=torch.complex64).conj(),
-        "negative": torch.randn(4, dtype=torch.complex64).conj().imag,
+        "negative": torch.randn(1, dtype=torch.complex64).conj().imag,
         "a part": torch.randn(10, 10)[3:5],
     }
     assert state["conjugate"].is_conj()
     assert state["negative"].is_neg()
+    assert state["negative"].is_contiguous()
     first = buffers.copy(state)
     where = first["wide"].data_ptr()
     for value in (first["wide"], first["turned"], first["a part"]):
@@ -420,4 +421,30 @@ def test_a_disk_that_refuses_the_middle_of_a_state_is_told_and_leaves_nothing(
     with refusing_writes(tmp_path, errno.EIO) as refused, pytest.raises(OSError, match="output"):
         checkpoint.write_checkpoint(tmp_path, state, step=1)
     assert refused.injected == 2  # a short write and an error: no more was tried
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_is_never_whole_in_memory(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    write = os.write
+
+    def noted(descriptor: int, data: Any) -> int:
+        sizes.append(len(data))
+        return write(descriptor, data)
+
+    state = {"large": torch.randn(PIECE_BYTES), "small": [torch.randn(9) for _ in range(99)]}
+    with mock.patch.object(os, "write", noted):
+        path = checkpoint.write_checkpoint(tmp_path, state, step=1)
+    assert sum(sizes) == sum(file.stat().st_size for file in path.iterdir())
+    assert max(sizes) < 2 * PIECE_BYTES
+    assert len(sizes) < 10, "what is small is written together"
+
+
+def test_what_goes_wrong_inside_torch_s_writer_is_told_as_it_was(tmp_path: Path) -> None:
+    write = mock.Mock(side_effect=MemoryError("no memory for a piece"))
+    with (
+        mock.patch.object(os, "write", write),
+        pytest.raises(MemoryError, match="no memory for a piece"),
+    ):
+        checkpoint.write_checkpoint(tmp_path, {"w": torch.randn(PIECE_BYTES)}, step=1)
     assert not list(tmp_path.iterdir())

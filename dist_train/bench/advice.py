@@ -62,10 +62,11 @@ def _gain(gain: float, half: float | None) -> str:
 def _data(result: dict[str, Any], sec: float) -> str:
     if result["loader"] == "memory":
         cure = (
-            "they are in memory, so what is left is to cut and mirror them: leave out what the "
-            "accuracy does not need (data.cutout, data.crop_padding, data.mixup), and see that "
-            "nothing else uses this rank's cores."
+            "the pictures are in memory, so what is left is to cut, mirror and mix them: leave out "
+            "what the accuracy does not need (data.crop_padding, data.cutout, data.mixup, "
+            "data.cutmix)"
         )
+        cure += ", or give each rank more cores." if result["device"] == "cpu" else "."
     else:
         cure = (
             "for pictures that fit into memory set data.loader=memory, else raise "

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 # In the order of a step. `residual` is what the others, each measured by itself, leave over.
@@ -74,18 +75,20 @@ def parts_of(launch: dict[str, Any]) -> dict[str, float] | None:
 def rounds_of(launch: dict[str, Any]) -> list[dict[str, float]]:
     """Return seconds by part of each usual round; none if the ways it needs were not measured.
 
-    data: how long the ranks waited for it, the longest of them step by step, where that is all
-    that it costs; else full less ready. all_reduce: a step whose batch is ready less the slowest
-    of the ranks alone, step by step. waiting: that slowest less the usual rank. host: the usual
-    rank alone (of one rank: ready) less bare. forward, backward, optimizer: timed within the bare
-    loop of the usual rank. residual: of the bare loop what lies between these three.
+    data: full less ready; where a rank's step loads its batch itself, what that adds to the slowest
+    of the ranks, step by step, each by its usual step alone. all_reduce: a step whose batch is
+    ready less the slowest of the ranks alone, step by step. waiting: that slowest less the usual
+    rank. host: the usual rank alone (of one rank: ready) less bare. forward, backward, optimizer:
+    timed within the bare loop of the usual rank. residual: of the bare loop what lies between
+    these three.
     """
     ranks = launch["ranks"]
     if "bare" not in ranks[0]["blocks"]:
         return []
     numbers = usual_rounds(launch)
     usual = ranks.index(_usual_rank(ranks, numbers))
-    return [_round(ranks, usual, number) for number in numbers]
+    data = _data_seconds(ranks, numbers)
+    return [_round(ranks, usual, *pair) for pair in zip(numbers, data, strict=True)]
 
 
 def _usual_rank(ranks: list[dict[str, Any]], numbers: list[int]) -> dict[str, Any]:
@@ -103,11 +106,12 @@ def _alone_sec(rank: dict[str, Any], numbers: list[int]) -> float:
     return statistics.fmean(statistics.fmean(rank["blocks"]["alone"][n]) for n in numbers)
 
 
-def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, float]:
+def _round(ranks: list[dict[str, Any]], usual: int, number: int, data: float) -> dict[str, float]:
     """Return the parts by the blocks of one round, which follow each other."""
     blocks = {way: [rank["blocks"][way][number] for rank in ranks] for way in ranks[0]["blocks"]}
     mean = {way: [statistics.fmean(block) for block in found] for way, found in blocks.items()}
-    full, ready = statistics.fmean(mean["full"]), _ready_sec(ranks, number)
+    full = statistics.fmean(mean["full"])
+    ready = full - data
     bare, phases = mean["bare"][usual], ranks[usual]["phases"][number]
     forward, backward, optimizer = (statistics.fmean(step[i] for step in phases) for i in range(3))
     if len(ranks) == 1:  # alone it is anyhow
@@ -116,7 +120,7 @@ def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, fl
         alone = mean["alone"][usual]
         slowest = statistics.fmean(max(step) for step in zip(*blocks["alone"], strict=True))
     parts = {
-        "data": full - ready,
+        "data": data,
         "forward": forward,
         "backward": backward,
         "optimizer": optimizer,
@@ -127,13 +131,28 @@ def _round(ranks: list[dict[str, Any]], usual: int, number: int) -> dict[str, fl
     return parts | {"residual": full - sum(parts.values())}
 
 
-def _ready_sec(ranks: list[dict[str, Any]], number: int) -> float:
-    """Return the seconds of a step of one round whose batch lies ready."""
+def _data_seconds(ranks: list[dict[str, Any]], numbers: list[int]) -> list[float]:
+    """Return what a step waits for its batch, of each round."""
     if "ready" in ranks[0]["blocks"]:
-        return statistics.fmean(statistics.fmean(rank["blocks"]["ready"][number]) for rank in ranks)
-    full = statistics.fmean(statistics.fmean(rank["blocks"]["full"][number]) for rank in ranks)
-    waits = zip(*(rank["waits"][number] for rank in ranks), strict=True)
-    return full - statistics.fmean(map(max, waits))
+        return [
+            statistics.fmean(
+                statistics.fmean(rank["blocks"]["full"][number])
+                - statistics.fmean(rank["blocks"]["ready"][number])
+                for rank in ranks
+            )
+            for number in numbers
+        ]
+    paces = [0.0] if len(ranks) == 1 else [_alone_sec(rank, numbers) for rank in ranks]
+    found = []
+    for number in numbers:
+        steps = zip(*(rank["waits"][number] for rank in ranks), strict=True)
+        found.append(statistics.fmean(_slowest_by(paces, waits) for waits in steps))
+    return found
+
+
+def _slowest_by(paces: list[float], waits: tuple[float, ...]) -> float:
+    """Return how much later the slowest of the ranks is for these waits."""
+    return max(map(sum, zip(paces, waits, strict=True))) - max(paces)
 
 
 def alone_seconds(launch: dict[str, Any]) -> float | None:
@@ -143,7 +162,7 @@ def alone_seconds(launch: dict[str, Any]) -> float | None:
     """
     ranks, numbers = launch["ranks"], usual_rounds(launch)
     if len(ranks) == 1:
-        return statistics.fmean(_ready_sec(ranks, number) for number in numbers)
+        return step_seconds(launch) - statistics.fmean(_data_seconds(ranks, numbers))
     if "alone" not in ranks[0]["blocks"]:
         return None
     return _alone_sec(_usual_rank(ranks, numbers), numbers)
@@ -193,20 +212,39 @@ def lost(parts: dict[str, float], alone: dict[str, float], *, shrink: float) -> 
     return {name: parts[name] - shrink * alone[name] for name in PARTS}
 
 
-def losses_of(setups: list[dict[str, Any]]) -> list[tuple[str, dict[str, float], float]]:
-    """Return (name, seconds lost by part, seconds of a step) of each point, but for the first.
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a point of a curve has lost to the first of it, by which its others are measured."""
 
-    The first of a curve is what its others are measured by.
-    """
+    name: str
+    sec: dict[str, float]  # by part
+    half_sec: dict[str, float | None]  # of the interval of each
+    step_sec: float
+
+
+def losses_of(setups: list[dict[str, Any]]) -> list[Losses]:
+    """Return the losses of each point, but for the first of a curve."""
     return [
-        (
-            f"{scaling}, {result['num_ranks']} x {result['batch_size']}",
-            parts,
-            result["step_sec"]["value"],
+        Losses(
+            name=f"{scaling}, {result['num_ranks']} x {result['batch_size']}",
+            sec=parts,
+            half_sec=result["lost_half_sec"][scaling],
+            step_sec=result["step_sec"]["value"],
         )
         for result in setups
         for scaling, parts in result["lost_sec"].items()
     ]
+
+
+def steps_of_one(launch: dict[str, Any]) -> list[float]:
+    """Return the seconds of single steps of rank 0 by itself, its batch ready."""
+    rank = launch["ranks"][0]
+    for way in ("alone", "ready"):
+        if way in rank["blocks"]:
+            return [sec for block in rank["blocks"][way] for sec in block]
+    blocks = zip(rank["blocks"]["full"], rank["waits"], strict=True)
+    pairs = [pair for block in blocks for pair in zip(*block, strict=True)]
+    return [sec - wait for sec, wait in pairs]
 
 
 def all_steps(launch: dict[str, Any]) -> Iterator[float]:

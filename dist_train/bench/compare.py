@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from dist_train.bench.breakdown import MEANS, PARTS
-from dist_train.bench.intervals import T_95
+from dist_train.bench.intervals import T_95, geometric_mean_of
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
 # Told where they differ.
@@ -107,8 +107,11 @@ def _part_that_changed(before: dict[str, Any], after: dict[str, Any], change: fl
     """Return the part that did most for `change`, the parts adjusted as the steps are."""
     if before["parts_sec"] is None or after["parts_sec"] is None:
         return None
-    then, now = (statistics.median(r["reference_sec_of_launches"]) for r in (before, after))
+    then, now = (
+        geometric_mean_of(r["relative_step_of_launches"]).value / r["step_sec"]["value"]
+        for r in (before, after)
+    )
     grown = {
-        name: after["parts_sec"][name] / now - before["parts_sec"][name] / then for name in PARTS
+        name: after["parts_sec"][name] * now - before["parts_sec"][name] * then for name in PARTS
     }
     return max(PARTS, key=lambda name: math.copysign(1, change) * grown[name])

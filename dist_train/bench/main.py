@@ -31,7 +31,7 @@ from dist_train.config.check import check_world
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.run_folder import cpu_name
 
-REPEATS, SECONDS = 4, 6.0
+REPEATS, SECONDS = 6, 4.0
 MOST_CPU_RANKS = 2
 
 

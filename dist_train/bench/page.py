@@ -64,7 +64,7 @@ def _figure(report: dict[str, Any]) -> Any:
         for r in setups
         if r["parts_sec"] is not None
     ]
-    losses = [(f"{name}\n{_residual(lost)}", lost) for name, lost, _ in losses_of(setups)]
+    losses = [(f"{lost.name}\n{_residual(lost.sec)}", lost.sec) for lost in losses_of(setups)]
     panels = [["rates", "shares", "predicted"] if scale else ["rates", "shares"]]
     heights = [4.4]
     if parts:

@@ -60,7 +60,11 @@ def _breakdown(setups: list[dict[str, Any]]) -> list[str]:
     rows = [
         (
             MEANS[part],
-            *(f"{_part(r, part)} ({_share(r, part):.1%})" for r in shown),
+            *(
+                f"{_with_its_half(r['parts_sec'][part], r['parts_half_sec'][part])} "
+                f"({_share(r, part):.1%})"
+                for r in shown
+            ),
         )
         for part in PARTS
     ]
@@ -74,13 +78,17 @@ def _losses(setups: list[dict[str, Any]]) -> list[str]:
     if not losses:
         return []
 
-    def row(name: str, values: list[float]) -> tuple[str, ...]:
-        cells = zip(values, losses, strict=True)
-        return name, *(f"{1000 * sec:+.2f} ({sec / step:+.1%})" for sec, (_, _, step) in cells)
+    def row(part: str) -> tuple[str, ...]:
+        return MEANS[part], *(
+            f"{_with_its_half(lost.sec[part], lost.half_sec[part], '+')} "
+            f"({lost.sec[part] / lost.step_sec:+.1%})"
+            for lost in losses
+        )
 
-    head = ("", *(name for name, _, _ in losses))
-    rows = [row(MEANS[part], [lost[part] for _, lost, _ in losses]) for part in PARTS]
-    rows.append(row("together", [sum(lost.values()) for _, lost, _ in losses]))
+    whole = [(sum(lost.sec.values()), lost.step_sec) for lost in losses]
+    head = ("", *(lost.name for lost in losses))
+    rows = [row(part) for part in PARTS]
+    rows.append(("together", *(f"{1000 * sec:+.2f} ({sec / step:+.1%})" for sec, step in whole)))
     title = "why efficiency was lost: ms above those of as many samples on the fewest ranks (share)"
     return [title, *_table(head, rows), ""]
 
@@ -99,7 +107,8 @@ def _scale(scale: dict[str, Any]) -> list[str]:
     lines += [
         f"  here, {c['num_ranks']} x {c['batch_size']}: {1000 * c['predicted_sec']:.2f} ms, "
         f"measured {1000 * c['measured_sec']:.2f} ({c['error']:+.1%}); link: "
-        f"{1e6 * c['latency_sec']:.0f} us, {c['bytes_per_sec'] / 1e9:.2f} GB/s"
+        f"{1e6 * c['latency_sec']:.0f} us, {c['bytes_per_sec'] / 1e9:.2f} GB/s; the slowest rank "
+        f"{1000 * c['late_sec']:.2f} ms late, {1000 * c['predicted_late_sec']:.2f} as below"
         for c in scale["checked"]
     ]
     if not scale["checked"]:
@@ -122,11 +131,10 @@ def _scale(scale: dict[str, Any]) -> list[str]:
     ]
 
 
-def _part(result: dict[str, Any], part: str) -> str:
-    """Return the milliseconds of a part ± half of its interval."""
-    sec, half = result["parts_sec"][part], result["parts_half_sec"][part]
-    text = f"{1000 * sec:.2f}"
-    return text if not half else f"{text} ± {1000 * half:.2f}"
+def _with_its_half(sec: float, half: float | None, sign: str = "") -> str:
+    """Return milliseconds ± half of their interval."""
+    text = f"{1000 * sec:{sign}.2f}"
+    return text if half is None or half < 5e-6 else f"{text} ± {1000 * half:.2f}"
 
 
 def _share(result: dict[str, Any], part: str) -> float:

@@ -9,7 +9,8 @@
         step_sec_p50, _p90, _p99        of all single steps
         speedup, efficiency             by scaling: {value, low, high}, against the fewest ranks
         parts_sec, lost_sec             by part (breakdown.PARTS); lost: against the fewest ranks
-        parts_half_sec, lost_half_sec   half of their 95 % intervals, over the rounds; or null
+        parts_half_sec, lost_half_sec   half of their 95 % intervals; null: not known
+        parts_sec_of_launches           what they are made of
         alone_sec                       a usual rank's step without the others, its batch ready
         jitter_sec                      standard deviation of the steps of one rank alone
         crowded_sec                     what a step is longer for having more ranks than cores
@@ -46,8 +47,9 @@ from dist_train.bench.breakdown import (
     rounds_of,
     slowest_rank,
     step_seconds,
+    steps_of_one,
 )
-from dist_train.bench.intervals import geometric_mean_of, mean_of, quantile
+from dist_train.bench.intervals import Estimate, geometric_mean_of, mean_of, quantile
 from dist_train.bench.launches import Setup
 
 SCHEMA = "dist_train.bench/3"
@@ -76,9 +78,7 @@ def results_of(measured: Sequence[tuple[Setup, Sequence[dict[str, Any]]]]) -> li
                 result["lost_sec"][scaling] = lost(
                     result["parts_sec"], base["parts_sec"], shrink=shrink
                 )
-                result["lost_half_sec"][scaling] = _added(
-                    result["parts_half_sec"], base["parts_half_sec"], shrink=shrink
-                )
+                result["lost_half_sec"][scaling] = _lost_half(result, base, shrink=shrink)
     return results
 
 
@@ -141,10 +141,9 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _jitter(launches: Sequence[dict[str, Any]]) -> float:
     """Return the standard deviation of the steps of one rank alone, outliers left out."""
-    way = "alone" if "alone" in launches[0]["ranks"][0]["blocks"] else "full"
     found = []
     for launch in launches:
-        steps = [sec for block in launch["ranks"][0]["blocks"][way] for sec in block]
+        steps = steps_of_one(launch)
         found.append((quantile(steps, 0.84) - quantile(steps, 0.16)) / 2)
     return statistics.median(found)
 
@@ -154,35 +153,45 @@ def _parts(
 ) -> dict[str, Any]:
     """Return the parts of a step of `step_sec`, and half of the interval of each.
 
-    They are mean shares of the launches' own steps, the intervals those of all rounds' shares.
+    They are mean shares of the launches' own steps. The interval is the wider one of those over
+    the launches and over all rounds: of rounds alone if launches differ no more than by chance.
     """
     found = [rounds_of(launch) for launch in launches]
     if not all(found):
-        return {"parts_sec": None, "parts_half_sec": None}
-    parts, halves = {}, {}
+        return {"parts_sec": None, "parts_half_sec": None, "parts_sec_of_launches": None}
+    parts, halves, of_launches = {}, {}, [dict[str, float]() for _ in launches]
     for name in PARTS:
         shares = [
             [one[name] / whole for one in rounds]
             for rounds, whole in zip(found, times, strict=True)
         ]
-        parts[name] = step_sec * statistics.fmean(map(statistics.fmean, shares))
-        spread = mean_of([share for rounds in shares for share in rounds])
-        halves[name] = step_sec * (spread.high - spread.value)
-    return {"parts_sec": parts, "parts_half_sec": _finite(halves)}
-
-
-def _added(
-    halves: dict[str, float | None], alone: dict[str, float | None], *, shrink: float
-) -> dict[str, float | None]:
-    """Return half of the interval of breakdown.lost, whose two sides do not depend on each other.
-
-    One that is unknown is None.
-    """
-    pairs = {name: (half, alone[name]) for name, half in halves.items()}
+        means = [statistics.fmean(rounds) for rounds in shares]
+        for told, mean, whole in zip(of_launches, means, times, strict=True):
+            told[name] = whole * mean
+        parts[name] = step_sec * statistics.fmean(means)
+        over_rounds = mean_of([share for rounds in shares for share in rounds])
+        halves[name] = step_sec * max(_half(over_rounds), _half(mean_of(means)))
     return {
-        name: None if mine is None or other is None else math.hypot(mine, shrink * other)
-        for name, (mine, other) in pairs.items()
+        "parts_sec": parts,
+        "parts_half_sec": _finite(halves),
+        "parts_sec_of_launches": of_launches,
     }
+
+
+def _lost_half(
+    result: dict[str, Any], base: dict[str, Any], *, shrink: float
+) -> dict[str, float | None]:
+    """Return half of the interval of breakdown.lost, over the launches, which are paired."""
+    pairs = list(zip(result["parts_sec_of_launches"], base["parts_sec_of_launches"], strict=True))
+    halves = {}
+    for name in PARTS:
+        over_launches = mean_of([mine[name] - shrink * alone[name] for mine, alone in pairs])
+        halves[name] = _half(over_launches)
+    return _finite(halves)
+
+
+def _half(estimate: Estimate) -> float:
+    return estimate.high - estimate.value
 
 
 def _alone(

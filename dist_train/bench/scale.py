@@ -129,9 +129,7 @@ def step_sec(step: Step, count: int, reduce: Any, *, late_sec: float | None = No
     """
     if count == 1:
         return step.alone_sec
-    late = late_sec
-    if late is None:
-        late = step.jitter_sec * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+    late = late_by_jitter(step, count) if late_sec is None else late_sec
     sizes = [size for size, _ in step.gradient_times]
     if not step.overlapped:
         return step.alone_sec + late + reduce(sum(sizes), count)
@@ -140,6 +138,11 @@ def step_sec(step: Step, count: int, reduce: Any, *, late_sec: float | None = No
         free = max(free, share * step.backward_sec) + reduce(size, count)
     exposed = max(0.0, free - step.backward_sec)
     return step.alone_sec + late + exposed
+
+
+def late_by_jitter(step: Step, count: int) -> float:
+    """Return by how much the slowest of `count` ranks is expected to be late."""
+    return step.jitter_sec * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def buckets(gradient_times: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -216,6 +219,8 @@ def predictions(setups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
                 "batch_size": result["batch_size"],
                 "latency_sec": link.latency_sec,
                 "bytes_per_sec": link.bytes_per_sec,
+                "late_sec": late,
+                "predicted_late_sec": late_by_jitter(step, result["num_ranks"]),
                 "predicted_sec": told,
                 "measured_sec": result["step_sec"]["value"],
                 "error": told / result["step_sec"]["value"] - 1,

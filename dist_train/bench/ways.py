@@ -32,7 +32,8 @@ from dist_train.tasks import classification as task
 WAYS = ("full", "ready", "alone", "bare")
 ENDLESS = 1 << 40  # steps
 PREFETCHED = 2  # batches that a worker of torch's DataLoader loads ahead, its default
-MOST_UNMEASURED = 32  # steps before a block
+MOST_UNMEASURED = 32  # steps before a block, if that is not more blocks than the next
+MOST_UNMEASURED_BLOCKS = 16
 
 
 class Steps:
@@ -56,7 +57,7 @@ class Steps:
             left_out |= {"alone", "bare"}
         self.ways = [way for way in WAYS if way not in left_out]
         if beside:
-            self._ahead = min(PREFETCHED * parts.config.data.num_workers, MOST_UNMEASURED)
+            self._ahead = PREFETCHED * parts.config.data.num_workers
         self._unmeasured = 0  # steps to take before the next full block
         self._step = 0  # of all ways together
         lone = replace(ranks, control=None, rank=0, world_size=1)  # it meets nobody
@@ -73,17 +74,26 @@ class Steps:
         # them was ready to run and had no core.
         self.cpu_sec = self.core_delay_sec = 0.0
 
+    def drain(self, count: int) -> None:
+        """Take what workers have loaded ahead during other blocks, before a full one of `count`.
+
+        It would hide that steps wait for their batches. Collective.
+        """
+        self._take(
+            "full", min(self._unmeasured, max(MOST_UNMEASURED, MOST_UNMEASURED_BLOCKS * count))
+        )
+        self._unmeasured = 0
+        self._parts.replica.ranks.barrier()
+
     def block(self, way: str, count: int) -> list[float]:
         """Take `count` steps; returns the seconds of each. Collective, waits for the device.
 
-        With workers a full block begins with steps that are not measured: what was loaded ahead
-        during other blocks would hide that steps wait for their batches.
+        A full block begins with steps that are not measured, if it was not drained for.
         """
         scaler = self._parts.scaler
         self._parts.replica.ranks.barrier()
         if way == "full":
-            self._take(way, self._unmeasured)
-            self._unmeasured = 0
+            self.drain(count)
             return self._take(way, count)
         self._unmeasured = self._ahead
         if way == "ready":

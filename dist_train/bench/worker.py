@@ -152,7 +152,10 @@ def _rounds(
             break
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(steps.ways, len(steps.ways)):
-            before = reference.seconds() if way == "full" else 0.0
+            before = 0.0
+            if way == "full":
+                steps.drain(length)
+                before = reference.seconds()
             blocks[way].append(steps.block(way, length))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
