@@ -288,6 +288,7 @@ def test_a_cost_that_is_sure_comes_before_a_larger_one_that_may_be_noise() -> No
         advice = advice_for(unsure | {"parts_half_sec": other})
         assert advice is not None
         assert advice["part"] == "host"
+        assert ("not sure (± 77%)" in advice["text"]) is (other["host"] is not None)
 
 
 def test_one_rank_waits_for_nobody() -> None:

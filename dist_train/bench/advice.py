@@ -55,8 +55,12 @@ def _avoidable(result: dict[str, Any]) -> dict[str, tuple[float, float | None]] 
 
 
 def _gain(gain: float, half: float | None) -> str:
-    spread = f" (± {half:.0%})" if half is not None and half >= 0.005 else ""
-    return f"A step would be up to {gain:.0%}{spread} shorter."
+    told = f"A step would be up to {gain:.0%}"
+    if half is None or half < 0.005:
+        return f"{told} shorter."
+    if half < gain:
+        return f"{told} (± {half:.0%}) shorter."
+    return f"{told} shorter, which is not sure (± {half:.0%}): --repeats and --seconds make it so."
 
 
 def _data(result: dict[str, Any], sec: float) -> str:
