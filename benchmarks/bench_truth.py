@@ -266,7 +266,8 @@ def causes_table(found: list[dict[str, Any]]) -> str:
             lines.append(f"| {told['fault']} | not run: {_in_a_cell(told['not_run'])} | |")
         else:
             mark = "" if told["named"] == told["wanted"] else f" (**wanted {told['wanted']}**)"
-            lines.append(f"| {told['fault']} | {told['named']}{mark} | {told['text']} |")
+            text = told["text"].replace("\u00b1", "+-")
+            lines.append(f"| {told['fault']} | {told['named']}{mark} | {text} |")
     return "\n".join(lines)
 
 
