@@ -94,7 +94,7 @@ FOUND: dict[str, Any] = {
         ]
     },
     "causes": [
-        {"fault": "data 0.005", "wanted": "data", "named": "data", "text": "Steps wait (\u00b1 1%)."},
+        {"fault": "data 0.005", "wanted": "data", "named": "data", "text": "Wait (\u00b1 1%)."},
         {"fault": "slow 1.5", "wanted": "waiting", "named": "host", "text": "Python."},
         {"fault": "link 0.005", "not_run": "needs root"},
     ],
@@ -115,7 +115,7 @@ SHOWN = {
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
     "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),
     "narrow_conv": ("| a net | 584 | 740 | 1.27 +- 0.03 | 15 |",),
-    "causes": ("| data | Steps wait (+- 1%)", "**wanted waiting**", "not run: needs root"),
+    "causes": ("| data | Wait (+- 1%)", "**wanted waiting**", "not run: needs root"),
     "predictions": ("-4.8%", "not run: needs root"),
     "compare": ("in 9 of 10",),
 }
