@@ -31,6 +31,7 @@ from dist_train.preemption import stop_reason
 State = Literal["running", "finished", "preempted", "failed"]
 PROBE_BYTES = 1 << 20
 RESTART_LOCK_SEC, LOCK_EVERY_SEC = 120.0, 0.2  # NFS 4 gives a lost machine 90 s
+HOLDER_EVERY_SEC, HOLDER_TRIES = 0.05, 20
 
 
 class RunFolder:
@@ -77,11 +78,9 @@ class RunFolder:
             if time.monotonic() < end and stop_reason() is None:
                 time.sleep(LOCK_EVERY_SEC)
                 continue
-            self._lock.seek(0)
-            holder = self._lock.read().decode().strip() or "another process"
             raise ConfigError(
-                f"run_dir {self.path} is in use by {holder}: wait for it, stop it, or give this "
-                "run another run_dir"
+                f"run_dir {self.path} is in use by {self._holder()}: wait for it, stop it, or give "
+                "this run another run_dir"
             )
         self._lock.seek(0)
         self._lock.truncate()
@@ -90,6 +89,16 @@ class RunFolder:
             f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
         self._lock.write(holder.encode())
+
+    def _holder(self) -> str:
+        """Return who holds the lock: a process that has just taken it is yet to write its name."""
+        assert self._lock is not None
+        for _ in range(HOLDER_TRIES):
+            time.sleep(HOLDER_EVERY_SEC)  # first, too: the name may be that of the one before
+            self._lock.seek(0)
+            if holder := self._lock.read().decode().strip():
+                return holder
+        return "another process"
 
     def _try_lock(self) -> bool:
         assert self._lock is not None

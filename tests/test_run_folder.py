@@ -93,6 +93,51 @@ def test_a_restart_waits_for_a_lock_that_a_file_server_still_keeps(
     folder.release()
 
 
+LOCK = """
+import fcntl, sys, time
+with open(sys.argv[1], "ab+", buffering=0) as lock:
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    sys.stdout.write("locked\\n"); sys.stdout.flush()
+    sys.stdin.readline()
+    lock.truncate(0)
+    lock.write(b"process 12345 on here")
+    time.sleep(600)
+"""
+
+
+def test_who_has_just_taken_the_lock_is_told_once_its_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+
+        def paused(sec: float) -> None:
+            nonlocal pauses
+            pauses += 1
+            if pauses == 3:  # asked twice, in vain
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                while not (tmp_path / "lock").read_bytes():
+                    pass
+
+        monkeypatch.setattr("dist_train.run_folder.time.sleep", paused)
+        folder = RunFolder(tmp_path, single_process())
+        with pytest.raises(ConfigError, match="in use by process 12345 on here: wait"):
+            folder.claim()
+        folder.release()
+        process.kill()
+    assert pauses == 3
+
+
 @pytest.mark.slow
 def test_of_two_runs_started_at_once_exactly_one_wins(tmp_path: Path) -> None:
     command = [
