@@ -113,11 +113,10 @@ class SmallDisk:
 
     def fill(self) -> None:
         """Take all the room there is."""
-        with (self.path / ".filler").open("wb") as file, contextlib.suppress(OSError):
-            file.write(b"\0" * shutil.disk_usage(self.path).free)
-            file.flush()
-            while True:  # what rounding left
-                os.write(file.fileno(), b"\0")
+        filler = (self.path / ".filler").open("wb", buffering=0)  # nothing is left to flush
+        with filler, contextlib.suppress(OSError):
+            while True:  # the rank may take or give back some of it meanwhile
+                filler.write(b"\0" * max(1, shutil.disk_usage(self.path).free))
 
     def empty(self) -> None:
         """Give it back."""
