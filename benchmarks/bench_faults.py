@@ -119,3 +119,4 @@ if __name__ == "__main__":
         word, amount = os.environ[VARIABLE].split()
         arm(word, float(amount))
     worker.main()
+    worker.leave()

@@ -28,7 +28,7 @@ from dist_train.bench.results import results_of
 from dist_train.bench.scale import predictions
 
 WORKER = "benchmarks.bench_faults"
-SMALL_STEP = (  # some 20 ms on one core
+SMALL_STEP = (  # some 100 ms on one core
     "experiment=cifar10_tutorial",
     "data=synthetic",
     "device=cpu",
@@ -36,6 +36,7 @@ SMALL_STEP = (  # some 20 ms on one core
     "threads=1",
     "precision=fp32",  # as the fixed net that a machine's own speed is told by
 )
+SMALLER_STEP = (*SMALL_STEP, "train.global_batch_size=24")  # some 30 ms
 SLEEPING = (
     *SMALL_STEP,
     "train.global_batch_size=16",
@@ -128,7 +129,7 @@ def compare() -> dict[str, Any]:
 
         def report(number: str, *more: str) -> dict[str, Any]:
             file = folder / f"{number}.json"
-            code = main.main([*options, "--json", str(file), *more, *SMALL_STEP])
+            code = main.main([*options, "--json", str(file), *more, *SMALLER_STEP])
             if code != 0:
                 raise RuntimeError(f"dist-train bench failed (exit code {code}) in {number}")
             return json.loads(file.read_text())
@@ -196,8 +197,8 @@ def _result(
     """Launch all commands, the parts of one run, some times; return the result of all launches."""
     with tempfile.TemporaryDirectory() as name:
         measured = [
-            _launch(words, commands, environment, Path(name) / str(seed), seed)
-            for seed in range(LAUNCHES)
+            _launch(words, commands, environment, Path(name) / str(number), number)
+            for number in range(LAUNCHES)
         ]
     size = measured[0]["ranks"][0]["global_batch_size"]
     setup = Setup(num_ranks=count, num_nodes=0, global_batch_size=size, scalings=("strong",))
@@ -210,11 +211,11 @@ def _launch(
     commands: list[list[str]],
     environment: dict[str, str],
     folder: Path,
-    seed: int,
+    number: int,
 ) -> dict[str, Any]:
     folder.mkdir()
     out = folder / "measured.json"
-    spec = {"out": str(out), "seconds": SECONDS, "seed": seed, "begun": time.time()}
+    spec = {"out": str(out), "seconds": SECONDS, "number": number, "begun": time.time()}
     rest = ["--spec", json.dumps(spec), *words, *FIXED, f"run_dir={folder}/run"]
     env = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with _started([[*command, *rest] for command in commands], env, folder) as processes:

@@ -79,7 +79,7 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
             for way in ("full", "ready", "alone", "bare")
         },
         "phases": [[phases] * STEPS for _ in range(BLOCKS)],
-        "reference_sec": [0.001] * BLOCKS,
+        "reference_sec": [[0.001] * 2] * BLOCKS,
         "product_flops_per_sec": [1e11] * BLOCKS,
         "flops_per_sample": 1e6,
         "peak_flops_per_sec": None,
@@ -205,8 +205,28 @@ def test_a_step_is_divided_by_what_was_measured_beside_it() -> None:
     """A machine that is slow for a while is slow for both; what hits one alone counts no round."""
     launch = at_speeds(two(), lambda: 3.0, 1, 2)
     for rank in launch["ranks"]:
-        rank["reference_sec"] = [0.001, 0.003, 0.003, 0.001, 0.0001]
+        rank["reference_sec"] = [[sec] for sec in (0.001, 0.003, 0.003, 0.001, 0.0001)]
     assert relative_step(launch) == pytest.approx(13.0)
+
+
+def test_each_piece_of_a_block_is_divided_by_what_is_beside_it() -> None:
+    """The machine has become slow in the middle of every block."""
+    launch = two()
+    for rank in launch["ranks"]:
+        half = STEPS // 2
+        for block in rank["blocks"]["full"]:
+            block[half:] = [3 * sec for sec in block[half:]]
+        rank["reference_sec"] = [[0.001, 0.003]] * BLOCKS
+    assert relative_step(launch) == pytest.approx(13.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "beside", "pieces"), [(2, False, 2), (50, False, 3), (3, True, 1)]
+)
+def test_a_block_is_one_piece_where_batches_would_be_loaded_between(
+    length: int, beside: bool, pieces: int
+) -> None:
+    assert worker.pieces_of_block(length, beside=beside) == pieces
 
 
 def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
@@ -979,7 +999,7 @@ def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, An
         patch.setattr(worker, "product_rate", large)
         patch.setattr(worker, "_save_sec", with_phase("save", save))
         patch.setattr(worker, "flops_of_a_sample", with_phase("flops", flops))
-        spec = worker.Spec(out="", seconds=0.1, seed=0, begun=time.time())
+        spec = worker.Spec(out="", seconds=0.1, number=0, begun=time.time())
         found = worker.measure(config, spec)
     assert found is not None
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -994,6 +1014,12 @@ def test_a_launch_measures_the_training_and_not_itself(tmp_path: Path) -> None:
     assert 0 < rank["memory_bytes"] < peak - size / 2, "its own matrices are no part of training"
     assert phases == {"flops": "start", "save": "checkpoint"}, "what the watchdog waits for"
     assert rank["memory_format"] == "channels_last"
+    for block, waits, beside in zip(
+        rank["blocks"]["full"], rank["waits"], rank["reference_sec"], strict=True
+    ):
+        assert len(block) == len(waits) == rank["block_steps"]
+        assert len(block) % len(beside) == 0
+        assert len(beside) == worker.pieces_of_block(len(block), beside=False)
 
 
 def measured(config: Any, trouble: str) -> dict[str, Any] | None:
@@ -1026,7 +1052,7 @@ def measured(config: Any, trouble: str) -> dict[str, Any] | None:
 
             patch.setattr(torch.nn.functional, "relu", slow_relu)
             patch.setattr(torch.nn.ReLU, "forward", lambda self, x: slow_relu(x))
-        spec = worker.Spec(out="", seconds=0.5, seed=0, begun=time.time())
+        spec = worker.Spec(out="", seconds=0.5, number=0, begun=time.time())
         return worker.measure(config, spec)
 
 

@@ -37,15 +37,18 @@ def step_seconds(launch: dict[str, Any]) -> float:
 def relative_step(launch: dict[str, Any]) -> float:
     """Return how many times as long as the fixed net's a step takes, by the usual ratio.
 
-    Each block of steps is divided by what the net took right before and after it; of these ratios
-    the mean of the middle half counts.
+    Each piece of a block of steps is divided by what the net took right before and after it; of
+    these ratios the mean of the middle half counts.
     """
-    ranks = launch["ranks"]
-    references = zip(*(rank["reference_sec"] for rank in ranks), strict=True)
-    ratios = sorted(
-        block / statistics.fmean(reference)
-        for block, reference in zip(_block_means(launch, "full"), references, strict=True)
-    )
+    ranks, ratios = launch["ranks"], list[float]()
+    for number, beside in enumerate(ranks[0]["reference_sec"]):
+        each = len(ranks[0]["blocks"]["full"][number]) // len(beside)
+        for piece in range(len(beside)):
+            steps = slice(piece * each, (piece + 1) * each)
+            means = [statistics.fmean(rank["blocks"]["full"][number][steps]) for rank in ranks]
+            reference = [rank["reference_sec"][number][piece] for rank in ranks]
+            ratios.append(statistics.fmean(means) / statistics.fmean(reference))
+    ratios.sort()
     left_out = len(ratios) // 4  # at each end
     return statistics.fmean(ratios[left_out : len(ratios) - left_out])
 

@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from dist_train.bench.breakdown import MEANS, PARTS
-from dist_train.bench.intervals import T_95, geometric_mean_of
+from dist_train.bench.intervals import T_99, geometric_mean_of
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
 # Told where they differ.
@@ -16,8 +16,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a line for each setup that both have.
 
     The step times are divided by those of a fixed small net, measured right before and after them:
-    a machine that is slower today is not taken for slower code. A change is told if its 95 %
-    interval (Welch 1947, Biometrika 34:28) leaves out zero and it is 1.5 % or more.
+    a machine that is slower today is not taken for slower code. A change is told if its 99 %
+    interval (Welch 1947, Biometrika 34:28) leaves out zero and it is 1.5 % or more: of 95 % ones,
+    one line in twenty would tell what is not there.
     """
     known = {_key(r): r for r in old["setups"]}
     lines = []
@@ -75,7 +76,7 @@ def _key(result: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:
-    """Return the change of the logarithm's mean, and half of its 95 % interval."""
+    """Return the change of the logarithm's mean, and half of its 99 % interval."""
     logs = [[math.log(value) for value in values] for values in (before, after)]
     means = [statistics.fmean(values) for values in logs]
     errors = [statistics.variance(values) / len(values) for values in logs]
@@ -86,7 +87,7 @@ def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:
         error**2 / (len(values) - 1) for error, values in zip(errors, logs, strict=True) if error
     )
     whole = max(1, int(freedom))
-    t = T_95[whole - 1] if whole <= len(T_95) else 1.96 + 2.4 / whole
+    t = T_99[whole - 1] if whole <= len(T_99) else 2.576 + 5.6 / whole
     return means[1] - means[0], t * math.sqrt(total)
 
 

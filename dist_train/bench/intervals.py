@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 # Student's t, two-sided 95 %, by degrees of freedom from 1 on; beyond them 1.96 + 2.4 / freedom.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+# The same of 99 %: beyond them 2.576 + 5.6 / freedom.
+T_99 = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.25, 3.169, 3.106, 3.055)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def settings_of(
 
 
 def launch(
-    setup: Setup, options: argparse.Namespace, config: Config, *, threads: int, seed: int
+    setup: Setup, options: argparse.Namespace, config: Config, *, threads: int, number: int
 ) -> dict[str, Any]:
     """Start the ranks of one setup, wait for them, and return what they measured.
 
@@ -114,7 +114,7 @@ def launch(
         options: of the command line.
         config: what they compose.
         threads: of a rank, unless the configuration says how many.
-        seed: of the order of the ways.
+        number: of the launch among those of its setup.
 
     Raises:
         LaunchFailedError: with the end of what they said.
@@ -125,7 +125,7 @@ def launch(
         spec = {
             "out": str(folder / "measured.json"),
             "seconds": options.seconds,
-            "seed": seed,
+            "number": number,
             "begun": time.time(),
         }
         words = settings_of(setup, options, config, threads=threads)

@@ -31,7 +31,9 @@ from dist_train.config.check import check_world
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.run_folder import cpu_name
 
-REPEATS, SECONDS = 6, 4.0
+SECONDS = 6.0
+# Launches of each setup: as many as TOGETHER allows.
+LEAST_REPEATS, MOST_REPEATS, TOGETHER = 6, 8, 18
 MOST_CPU_RANKS = 2
 
 
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
         for ranks, _ in counts:
             check_world(config, ranks)
         setups = setups_of(counts, config.train.global_batch_size, scalings)
+        if options.repeats is None:
+            options.repeats = max(LEAST_REPEATS, min(MOST_REPEATS, TOGETHER // len(setups)))
     except ConfigError as mistake:
         print_error(str(mistake))
         return 2
@@ -80,7 +84,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--nproc", help="ranks on this machine: 1,2,4 (with --nodes: on each)")
     parser.add_argument("--nodes", help="nodes of this allocation of SLURM: 1,2,4")
     parser.add_argument("--scaling", choices=("strong", "weak", "both"), default="both")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="launches of each, in turns")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help=f"launches of each, in turns: {LEAST_REPEATS}, of one or two setups {MOST_REPEATS}",
+    )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="of measuring in each launch, once steady"
     )
@@ -96,7 +104,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add_run_options(parser)
     options = parser.parse_intermixed_args(argv)
-    if options.repeats < 2:
+    if options.repeats is not None and options.repeats < 2:
         raise ConfigError(f"--repeats={options.repeats} must be 2 or more, to know the spread")
     if not 0.5 <= options.seconds <= 600:
         raise ConfigError(f"--seconds={options.seconds} must be from 0.5 to 600")
@@ -160,7 +168,7 @@ def _measure(
     for number in range(options.repeats):
         turn = measured if number % 2 == 0 else measured[::-1]
         for setup, launches in turn:
-            launches.append(launch(setup, options, config, threads=threads, seed=number))
+            launches.append(launch(setup, options, config, threads=threads, number=number))
             done += 1
             left = (time.monotonic() - begun) / done * (total - done)
             sys.stderr.write(

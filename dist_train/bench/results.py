@@ -52,7 +52,7 @@ from dist_train.bench.breakdown import (
 from dist_train.bench.intervals import Estimate, geometric_mean_of, mean_of, quantile
 from dist_train.bench.launches import Setup
 
-SCHEMA = "dist_train.bench/3"
+SCHEMA = "dist_train.bench/4"
 QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 
 
@@ -116,7 +116,12 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ),
         "save_sec": statistics.median(launch["ranks"][0]["save_sec"] for launch in launches),
         "reference_sec_of_launches": [
-            statistics.median(sec for r in launch["ranks"] for sec in r["reference_sec"])
+            statistics.median(
+                sec
+                for rank in launch["ranks"]
+                for beside in rank["reference_sec"]
+                for sec in beside
+            )
             for launch in launches
         ],
         "relative_step_of_launches": [relative_step(launch) for launch in launches],

@@ -3,6 +3,7 @@
 Rank 0 writes what all ranks measured into the file that the specification names.
 """
 
+import itertools
 import json
 import os
 import random
@@ -47,6 +48,7 @@ from dist_train.watchdog import watch
 
 BLOCK_SEC = 0.15  # short: the machine's speed is much the same for all blocks of a round
 MOST_STEPS = 200  # of a block
+PIECES = 3  # of a full block, with the reference beside each
 WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
 LEAST_ROUNDS = 4
 REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
@@ -60,7 +62,7 @@ class Spec:
 
     out: str  # a file
     seconds: float  # of measuring, after the warm-up
-    seed: int  # of the order of the ways
+    number: int  # of the launch among those of its setup: seed of the order of the ways
     begun: float  # time.time() when the launch was begun
 
 
@@ -74,6 +76,13 @@ def main() -> None:
     found = measure(compose_request(options).config, spec)
     if found is not None:
         Path(spec.out).write_text(json.dumps(found))
+
+
+def leave() -> None:
+    """End at once: torch takes a second to take itself apart, of every launch."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
@@ -99,7 +108,7 @@ def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
                 mine |= _warm_up(steps, ranks)
                 mine["memory_bytes"] = _peak_memory(ranks.device)  # before this file takes its own
                 mine |= _rounds(steps, ranks, mine["step_sec"], spec, parts.precision)
-                mine |= _once(steps, parts, ranks)
+                mine |= _once(steps, parts, ranks, count_flops=spec.number == 0)
         parts.replica.close()
         everyone = ranks.gather(mine)
     return {"ranks": everyone} if ranks.rank == 0 else None
@@ -143,8 +152,11 @@ def _rounds(
     phases: list[list[list[float]]] = []
     waits: list[list[float]] = []
     alone_cpu_sec, alone_core_delay_sec = [], []
-    references, products = [], []
-    reference, dice = Reference(ranks.device), random.Random(spec.seed)
+    references: list[list[float]] = []
+    products = []
+    reference, dice = Reference(ranks.device), random.Random(spec.number)
+    pieces = pieces_of_block(length, beside="ready" in steps.ways)
+    length -= length % pieces
     end = time.monotonic() + spec.seconds
     for number in range(1_000_000):
         late = time.monotonic() > end and number >= LEAST_ROUNDS
@@ -152,19 +164,18 @@ def _rounds(
             break
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(steps.ways, len(steps.ways)):
-            before = 0.0
             if way == "full":
-                steps.drain(length)
-                before = reference.seconds()
+                times, waited, beside = _full_block(steps, reference, length, pieces)
+                blocks[way].append(times)
+                waits.append(waited)
+                references.append(beside)
+                continue
             blocks[way].append(steps.block(way, length))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
                 alone_core_delay_sec.append(steps.core_delay_sec)
             if way == "bare":
                 phases.append(steps.phases)
-            if way == "full":
-                references.append((before + reference.seconds()) / 2)
-                waits.append(steps.waits)
     return {
         "blocks": blocks,
         "phases": phases,
@@ -177,12 +188,37 @@ def _rounds(
     }
 
 
-def _once(steps: Steps, parts: Parts, ranks: Ranks) -> dict[str, Any]:
+def pieces_of_block(length: int, *, beside: bool) -> int:
+    """Return in how many pieces a full block of `length` steps is taken.
+
+    The machine's speed may change within a block, and the closer the reference is the better. But
+    where batches are loaded `beside` the steps they would be loaded meanwhile: one piece.
+    """
+    return 1 if beside else min(PIECES, length)
+
+
+def _full_block(
+    steps: Steps, reference: Reference, length: int, pieces: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Take a full block; returns its steps, their waits, and the reference beside each piece."""
+    times, waits = [], []
+    steps.drain(length)
+    marks = [reference.seconds()]
+    for _ in range(pieces):
+        times += steps.block("full", length // pieces)
+        waits += steps.waits
+        marks.append(reference.seconds())
+    return times, waits, [(before + after) / 2 for before, after in itertools.pairwise(marks)]
+
+
+def _once(steps: Steps, parts: Parts, ranks: Ranks, *, count_flops: bool) -> dict[str, Any]:
     """Measure what need not be repeated in turns. Collective."""
     device, pulse = ranks.device, ranks.pulse
-    pulse.enter("start")  # torch counts in Python: it may take as long as that
-    with as_written(parts.config):
-        flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
+    flops = None
+    if count_flops:  # for this torch imports as much again as for all else
+        pulse.enter("start")  # torch counts in Python: it may take as long as that
+        with as_written(parts.config):
+            flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
     peak = data_sheet_peak(device, parts.precision)
     pulse.enter("checkpoint")
     ranks.barrier()
@@ -267,3 +303,4 @@ def _all_reduces(ranks: Ranks) -> list[tuple[int, float]]:
 
 if __name__ == "__main__":
     main()
+    leave()
