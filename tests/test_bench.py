@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dist_train.bench import compare, worker
+from dist_train.bench import main as bench_main
 from dist_train.bench.advice import advice_for
 from dist_train.bench.breakdown import (
     MEANS,
@@ -775,6 +776,39 @@ def test_ranks_compute_with_as_many_threads_at_every_count(
         )
         environment = {"OMP_NUM_THREADS": "1"}
         assert threads_of(threads_asked(config), layout, environment) == threads
+
+
+@pytest.mark.parametrize(
+    ("launch_sec", "words", "rounds"),
+    [(10.0, [], 8), (19.0, [], 5), (40.0, [], 4), (40.0, ["--repeats", "2"], 2)],
+)
+def test_as_many_launches_are_made_as_fit_into_five_minutes(
+    launch_sec: float,
+    words: list[str],
+    rounds: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of each setup as many, in turns, and the last one leaves none to go."""
+    now, made = [0.0], list[tuple[int, int]]()
+    results = {1: one(), 2: two()}
+
+    def made_up(setup: Setup, *_: Any, number: int, **__: Any) -> dict[str, Any]:
+        now[0] += launch_sec
+        made.append((number, setup.num_ranks))
+        return results[setup.num_ranks]
+
+    monkeypatch.setattr(bench_main, "launch", made_up)
+    monkeypatch.setattr(bench_main.time, "monotonic", lambda: now[0])
+    assert main(["--nproc", "1,2", *words, "experiment=cifar10_tutorial"]) == 0
+    for number in range(rounds):
+        ranks = [ranks for launch, ranks in made if launch == number]
+        assert sorted(ranks) == [1, 1, 2]
+    assert len(made) == 3 * rounds
+    said = capsys.readouterr()
+    assert f"{rounds} launches of each" in said.out
+    assert said.err.splitlines()[-1].endswith(" 0 s to go")
+    assert f"launch {3 * rounds} of {3 * rounds}: " in said.err
 
 
 @pytest.mark.parametrize(

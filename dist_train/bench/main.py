@@ -32,8 +32,8 @@ from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.run_folder import cpu_name
 
 SECONDS = 6.0
-# Launches of each setup: as many as TOGETHER allows.
-LEAST_REPEATS, MOST_REPEATS, TOGETHER = 6, 8, 18
+LEAST_REPEATS, MOST_REPEATS = 4, 8  # launches of each setup: as many as fit into
+TOGETHER_SEC = 285.0
 MOST_CPU_RANKS = 2
 
 
@@ -49,8 +49,6 @@ def main(argv: list[str]) -> int:
         for ranks, _ in counts:
             check_world(config, ranks)
         setups = setups_of(counts, config.train.global_batch_size, scalings)
-        if options.repeats is None:
-            options.repeats = max(LEAST_REPEATS, min(MOST_REPEATS, TOGETHER // len(setups)))
     except ConfigError as mistake:
         print_error(str(mistake))
         return 2
@@ -87,7 +85,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--repeats",
         type=int,
-        help=f"launches of each, in turns: {LEAST_REPEATS}, of one or two setups {MOST_REPEATS}",
+        help="launches of each, in turns; default: as many as fit into five minutes, from "
+        f"{LEAST_REPEATS} to {MOST_REPEATS}",
     )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="of measuring in each launch, once steady"
@@ -160,22 +159,32 @@ def _numbers(text: str, option: str) -> list[int]:
 def _measure(
     setups: list[Setup], options: argparse.Namespace, config: Config
 ) -> list[tuple[Setup, list[dict[str, Any]]]]:
-    """Launch every setup once in each round; say how it goes."""
+    """Launch every setup once in each round, in as many as `rounds_in` says; say how it goes."""
     most = max(setup.num_ranks // max(1, setup.num_nodes) for setup in setups)
     threads = max(1, len(os.sched_getaffinity(0)) // most)
     measured: list[tuple[Setup, list[dict[str, Any]]]] = [(setup, []) for setup in setups]
-    begun, done, total = time.monotonic(), 0, len(setups) * options.repeats
-    for number in range(options.repeats):
+    begun, done, rounds = time.monotonic(), 0, 1
+    while done < rounds * len(setups):
+        number = done // len(setups)
         turn = measured if number % 2 == 0 else measured[::-1]
         for setup, launches in turn:
             launches.append(launch(setup, options, config, threads=threads, number=number))
             done += 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            mean_sec = (time.monotonic() - begun) / done
+            rounds = rounds_in(TOGETHER_SEC, mean_sec * len(setups), options.repeats)
+            left = max(0, rounds * len(setups) - done)
             sys.stderr.write(
-                f"launch {done} of {total}: {setup.num_ranks} x "
-                f"{launches[-1]['ranks'][0]['batch_size']}, {left:.0f} s to go\n"
+                f"launch {done} of {done + left}: {setup.num_ranks} x "
+                f"{launches[-1]['ranks'][0]['batch_size']}, {left * mean_sec:.0f} s to go\n"
             )
     return measured
+
+
+def rounds_in(sec: float, round_sec: float, wanted: int | None) -> int:
+    """Return how many rounds to take: those wanted, or as many as fit into `sec` seconds."""
+    if wanted is not None:
+        return wanted
+    return max(LEAST_REPEATS, min(MOST_REPEATS, int(sec / round_sec)))
 
 
 def _report(
@@ -191,7 +200,7 @@ def _report(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(["dist-train", "bench", *argv]),
         "experiment": experiment,
-        "repeats": options.repeats,
+        "repeats": len(measured[0][1]),
         "seconds": options.seconds,
         "machine": {
             "host": platform.node(),
