@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from dist_train.bench.breakdown import MEANS, PARTS
-from dist_train.bench.intervals import T_99, geometric_mean_of
+from dist_train.bench.intervals import geometric_mean_of, t_99
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
 # Told where they differ.
@@ -86,9 +86,7 @@ def _log_change(before: list[float], after: list[float]) -> tuple[float, float]:
     freedom = total**2 / sum(
         error**2 / (len(values) - 1) for error, values in zip(errors, logs, strict=True) if error
     )
-    whole = max(1, int(freedom))
-    t = T_99[whole - 1] if whole <= len(T_99) else 2.576 + 5.6 / whole
-    return means[1] - means[0], t * math.sqrt(total)
+    return means[1] - means[0], t_99(max(1, int(freedom))) * math.sqrt(total)
 
 
 def _differences(

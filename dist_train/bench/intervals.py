@@ -5,10 +5,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Student's t, two-sided 95 %, by degrees of freedom from 1 on; beyond them 1.96 + 2.4 / freedom.
+# Student's t, two-sided, by degrees of freedom from 1 on.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-# The same of 99 %: beyond them 2.576 + 5.6 / freedom.
 T_99 = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.25, 3.169, 3.106, 3.055)
+
+
+def t_95(freedom: int) -> float:
+    """Return Student's t of a two-sided 95 % interval."""
+    return T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
+
+
+def t_99(freedom: int) -> float:
+    """Return Student's t of a two-sided 99 % interval."""
+    return T_99[freedom - 1] if freedom <= len(T_99) else 2.576 + 5.6 / freedom
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +43,7 @@ def mean_of(values: Sequence[float]) -> Estimate:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Estimate(mean, -math.inf, math.inf)
-    freedom = len(values) - 1
-    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    half = t_95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
 
 
