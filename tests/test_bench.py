@@ -57,7 +57,7 @@ from dist_train.data.loaders import open_data
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.device import threads_asked, threads_of
-from dist_train.distributed import start_ranks
+from dist_train.distributed import Ranks, start_ranks
 from dist_train.layout import Layout
 from dist_train.metrics import Meter
 from dist_train.plan import make_plan
@@ -222,12 +222,14 @@ def test_each_piece_of_a_block_is_divided_by_what_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "beside", "pieces"), [(2, False, 2), (50, False, 3), (3, True, 1)]
+    ("length", "lead", "workers", "pieces"),
+    [(2, 0, False, 2), (50, 0, False, 3), (3, 0, True, 1), (2, 1, False, 1), (5, 1, False, 2)],
 )
-def test_a_block_is_one_piece_where_batches_would_be_loaded_between(
-    length: int, beside: bool, pieces: int
+def test_a_block_is_cut_where_that_costs_little(
+    length: int, lead: int, workers: bool, pieces: int
 ) -> None:
-    assert worker.pieces_of_block(length, beside=beside) == pieces
+    """Not where batches would be loaded between, or where as many steps would not be measured."""
+    assert worker.pieces_of_block(length, lead, workers=workers) == pieces
 
 
 def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
@@ -871,6 +873,37 @@ def test_other_blocks_do_not_start_the_loader_anew(tmp_path: Path) -> None:
     assert run_ranks(batches_of_full_blocks, 0, small(tmp_path), ways) == [([0], 6)]
 
 
+LATE_SEC = 1.0
+
+
+def steps_behind_a_barrier(config: Config, lead: int) -> tuple[list[float], int, int]:
+    """Take a full block of two steps that rank 1 begins late; returns them and the counts.
+
+    Returns:
+        The seconds of the steps, for how many of them there is a wait, and the batches taken.
+    """
+    with opened(config) as (steps, _), pytest.MonkeyPatch.context() as patch:
+        barrier = Ranks.barrier
+
+        def late(ranks: Ranks) -> None:
+            barrier(ranks)
+            time.sleep(LATE_SEC * ranks.rank)
+
+        patch.setattr(Ranks, "barrier", late)
+        times = steps.block("full", 2, lead=lead)
+        patch.undo()
+        return times, len(steps.waits), steps._step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lead", "late"), [(0, True), (1, False)])
+def test_leaving_a_barrier_late_belongs_to_no_step(lead: int, late: bool, tmp_path: Path) -> None:
+    """Without a lead the first step of rank 0 waits for rank 1."""
+    [(times, waits, taken), _] = run_ranks(steps_behind_a_barrier, 2, small(tmp_path), lead)
+    assert (len(times), waits, taken) == (2, 2, 2 + lead)
+    assert (sum(times) > LATE_SEC / 2) == late
+
+
 def ways_of(config: Config) -> list[str]:
     with opened(config) as (steps, _):
         return steps.ways
@@ -1053,7 +1086,7 @@ def test_a_launch_measures_the_training_and_not_itself(tmp_path: Path) -> None:
     ):
         assert len(block) == len(waits) == rank["block_steps"]
         assert len(block) % len(beside) == 0
-        assert len(beside) == worker.pieces_of_block(len(block), beside=False)
+        assert len(beside) == worker.pieces_of_block(len(block), 0, workers=False)
 
 
 def measured(config: Any, trouble: str) -> dict[str, Any] | None:

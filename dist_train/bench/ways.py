@@ -85,19 +85,24 @@ class Steps:
         self._unmeasured = 0
         self._parts.replica.ranks.barrier()
 
-    def block(self, way: str, count: int) -> list[float]:
+    def block(self, way: str, count: int, *, lead: int = 0) -> list[float]:
         """Take `count` steps; returns the seconds of each. Collective, waits for the device.
 
-        A full block begins with steps that are not measured, if it was not drained for.
+        Args:
+            way: one of `ways`. A full block was drained for, or begins with steps that are not
+                measured.
+            count: of the steps that are measured.
+            lead: of steps before them that are not, of a full or ready block. Ranks do not leave a
+                barrier at once, and the first step after it waits for the last of them.
         """
         scaler = self._parts.scaler
         self._parts.replica.ranks.barrier()
         if way == "full":
             self.drain(count)
-            return self._take(way, count)
+            return self._take(way, count, lead=lead)
         self._unmeasured = self._ahead
         if way == "ready":
-            return self._take(way, count)
+            return self._take(way, count, lead=lead)
         scale = None if scaler is None else scaler.state_dict()
         if way == "bare":
             times = self._bare(count)
@@ -127,25 +132,17 @@ class Steps:
         sizes = ranks.gather(parts.recovery.micro_batch_size)
         parts.recovery.micro_batch_size = min((s for s in sizes if s is not None), default=None)
 
-    def _take(self, way: str, count: int) -> list[float]:
+    def _take(self, way: str, count: int, *, lead: int = 0) -> list[float]:
         """Take steps as dist_train.train does, without what belongs to epochs."""
-        parts, loop = self._parts, self._loops[way]
-        meter, progress = loop.meter, loop.progress
-        waits = []
+        meter = self._loops[way].meter
         meter.resume()
+        for _ in range(lead):
+            self._take_one(way)
         cpu_begun, delay_begun = time.process_time(), core_delay_ns(os.getpid())
+        waits = []
         self._clock.mark()
         for _ in range(count):
-            outcomes = train_step(parts, loop.feed, step=self._step)
-            waits.append(loop.feed.take_waited_sec())
-            self._step += 1
-            progress.step += 1
-            meter.add(outcomes)
-            if way != "alone" and parts.drift.due(progress.step):
-                parts.drift.check(self._step)
-            if meter.meeting_due(progress.step):
-                meter.meet(progress, stopping=False)
-                meter.line(progress)
+            waits.append(self._take_one(way))
             self._clock.mark()
         times = self._clock.take()
         if way == "full":
@@ -153,8 +150,24 @@ class Steps:
         self.cpu_sec = (time.process_time() - cpu_begun) / max(1, count)
         self.core_delay_sec = (core_delay_ns(os.getpid()) - delay_begun) / 1e9 / max(1, count)
         meter.pause()
-        parts.recovery.settle()  # here, where those are who took the step
+        self._parts.recovery.settle()  # here, where those are who took the step
         return times
+
+    def _take_one(self, way: str) -> float:
+        """Take one step; returns the seconds that it waited for its batch."""
+        parts, loop = self._parts, self._loops[way]
+        meter, progress = loop.meter, loop.progress
+        outcomes = train_step(parts, loop.feed, step=self._step)
+        waited_sec = loop.feed.take_waited_sec()
+        self._step += 1
+        progress.step += 1
+        meter.add(outcomes)
+        if way != "alone" and parts.drift.due(progress.step):
+            parts.drift.check(self._step)
+        if meter.meeting_due(progress.step):
+            meter.meet(progress, stopping=False)
+            meter.line(progress)
+        return waited_sec
 
     def _bare(self, count: int) -> list[float]:
         """Take steps as the shortest loop does, and note the phases of each."""

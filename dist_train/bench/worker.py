@@ -49,6 +49,7 @@ from dist_train.watchdog import watch
 BLOCK_SEC = 0.15  # short: the machine's speed is much the same for all blocks of a round
 MOST_STEPS = 200  # of a block
 PIECES = 3  # of a full block, with the reference beside each
+LEAD = 1  # steps that bring several ranks in step with each other
 WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
 LEAST_ROUNDS = 4
 REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
@@ -155,7 +156,8 @@ def _rounds(
     references: list[list[float]] = []
     products = []
     reference, dice = Reference(ranks.device), random.Random(spec.number)
-    pieces = pieces_of_block(length, beside="ready" in steps.ways)
+    lead = 0 if ranks.control is None else LEAD
+    pieces = pieces_of_block(length, lead, workers="ready" in steps.ways)
     length -= length % pieces
     end = time.monotonic() + spec.seconds
     for number in range(1_000_000):
@@ -165,12 +167,12 @@ def _rounds(
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(steps.ways, len(steps.ways)):
             if way == "full":
-                times, waited, beside = _full_block(steps, reference, length, pieces)
+                times, waited, beside = _full_block(steps, reference, length, pieces, lead)
                 blocks[way].append(times)
                 waits.append(waited)
                 references.append(beside)
                 continue
-            blocks[way].append(steps.block(way, length))
+            blocks[way].append(steps.block(way, length, lead=lead if way == "ready" else 0))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
                 alone_core_delay_sec.append(steps.core_delay_sec)
@@ -188,24 +190,25 @@ def _rounds(
     }
 
 
-def pieces_of_block(length: int, *, beside: bool) -> int:
+def pieces_of_block(length: int, lead: int, *, workers: bool) -> int:
     """Return in how many pieces a full block of `length` steps is taken.
 
     The machine's speed may change within a block, and the closer the reference is the better. But
-    where batches are loaded `beside` the steps they would be loaded meanwhile: one piece.
+    each piece is longer than the `lead` of steps before it that are not measured, and where
+    `workers` load batches they would load them meanwhile: one piece.
     """
-    return 1 if beside else min(PIECES, length)
+    return 1 if workers else max(1, min(PIECES, length // (1 + lead)))
 
 
 def _full_block(
-    steps: Steps, reference: Reference, length: int, pieces: int
+    steps: Steps, reference: Reference, length: int, pieces: int, lead: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Take a full block; returns its steps, their waits, and the reference beside each piece."""
     times, waits = [], []
     steps.drain(length)
     marks = [reference.seconds()]
     for _ in range(pieces):
-        times += steps.block("full", length // pieces)
+        times += steps.block("full", length // pieces, lead=lead)
         waits += steps.waits
         marks.append(reference.seconds())
     return times, waits, [(before + after) / 2 for before, after in itertools.pairwise(marks)]
