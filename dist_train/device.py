@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,10 +113,19 @@ def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int
 
 def has_amx() -> bool:
     """Say whether this CPU has units that multiply matrices of bf16: Intel's AMX."""
+    return _cpu_has("amx_bf16", torch.cpu._is_amx_tile_supported)
+
+
+def multiplies_bf16() -> bool:
+    """Say whether this CPU multiplies bf16 numbers itself: by AMX or by AVX-512's instructions."""
+    return has_amx() or _cpu_has("avx512_bf16", torch.cpu._is_avx512_bf16_supported)
+
+
+def _cpu_has(capability: str, ask_older_torch: Callable[[], bool]) -> bool:
     known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
     if known is None:
-        return bool(torch.cpu._is_amx_tile_supported())
-    return bool(known().get("amx_bf16", False))  # only x86 has the key
+        return ask_older_torch()
+    return bool(known().get(capability, False))  # only x86 has these keys
 
 
 def keep_freed_memory() -> None:

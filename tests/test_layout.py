@@ -260,18 +260,23 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("capability", "amx", "on_gpu", "on_cpu"),
-    [((7, 5), True, "fp32", "bf16"), ((8, 0), False, "bf16", "fp32")],
+    ("capability", "units", "on_gpu", "on_cpu"),
+    [
+        ((7, 5), {"amx_bf16"}, "fp32", "bf16"),
+        ((8, 0), set(), "bf16", "fp32"),
+        ((9, 0), {"avx512_bf16"}, "bf16", "bf16"),
+    ],
 )
 def test_the_precision_follows_the_hardware(
     capability: tuple[int, int],
-    amx: bool,
+    units: set[str],
     on_gpu: str,
     on_cpu: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Gpus(monkeypatch, 1, capability=capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    has = dict.fromkeys(units, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert precision_in_force(Config(), torch.device("cuda", 0)) == (on_gpu, None)
     assert precision_in_force(Config(), torch.device("cpu")) == (on_cpu, None)
     assert precision_in_force(Config(precision="fp32"), torch.device("cuda", 0)) == ("fp32", None)

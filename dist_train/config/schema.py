@@ -179,7 +179,7 @@ class Config:
     deterministic: bool = False
     threads: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # auto: bf16 where the hardware has units for it (GPUs from 8.0 on, AMX), else fp32.
+    # auto: bf16 where the hardware gains from it (GPUs from 8.0 on, AMX, AVX512-BF16), else fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     log_every: int = 20  # steps
     train: TrainConfig = field(default_factory=TrainConfig)
