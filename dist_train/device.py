@@ -113,12 +113,12 @@ def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int
 
 def has_amx() -> bool:
     """Say whether this CPU has units that multiply matrices of bf16: Intel's AMX."""
-    return _cpu_has("amx_bf16", torch.cpu._is_amx_tile_supported)
+    return _cpu_has("amx_bf16", lambda: torch.cpu._is_amx_tile_supported())
 
 
 def multiplies_bf16() -> bool:
     """Say whether this CPU multiplies bf16 numbers itself: by AMX or by AVX-512's instructions."""
-    return has_amx() or _cpu_has("avx512_bf16", torch.cpu._is_avx512_bf16_supported)
+    return has_amx() or _cpu_has("avx512_bf16", lambda: torch.cpu._is_avx512_bf16_supported())
 
 
 def _cpu_has(capability: str, ask_older_torch: Callable[[], bool]) -> bool:

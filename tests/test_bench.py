@@ -8,6 +8,9 @@ import math
 import os
 import random
 import resource
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +40,7 @@ from dist_train.bench.machine_speed import peak_of
 from dist_train.bench.main import main
 from dist_train.bench.page import _bars, _figure, write_page
 from dist_train.bench.report import as_text
-from dist_train.bench.results import results_of
+from dist_train.bench.results import SCHEMA, results_of
 from dist_train.bench.scale import (
     Link,
     Step,
@@ -819,7 +822,8 @@ def test_as_many_launches_are_made_as_fit_into_five_minutes(
         (["--nproc", "0"], "--nproc=0 must be numbers from 1 on"),
         (["--nodes", "1,2"], "--nodes needs an allocation of SLURM"),
         (["--repeats", "1"], "--repeats=1 must be 2 or more"),
-        (["--compare", "README.md"], "is no report of this benchmark"),
+        (["--compare", "README.md"], "README.md is no report of this benchmark"),
+        (["--compare", "nowhere.json"], "nowhere.json is not there"),
         (["optim.lr=fast"], "optim.lr"),
     ],
 )
@@ -831,6 +835,71 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[1]", "is no report of this benchmark"),
+        (json.dumps({"schema": SCHEMA}), "is no whole report"),
+        (json.dumps({"schema": SCHEMA, "setups": [{}]}), "is no whole report"),
+        (json.dumps({"schema": "dist_train.bench/1"}), "is of schema 'dist_train.bench/1'"),
+    ],
+)
+def test_a_file_that_cannot_be_compared_with_is_told_before_anything_is_measured(
+    text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    assert main(["--compare", str(path), "experiment=cifar10_tutorial"]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--dry-run", "from 4 to 8 launches of each"),
+        ("--dry-run", "  1 rank, train.global_batch_size=128: weak scaling"),
+        ("--dry-run", "  2 ranks, train.global_batch_size=256: strong and weak scaling"),
+        ("--print-config", "global_batch_size: 256"),
+    ],
+)
+def test_what_would_be_measured_is_told_without_measuring(
+    option: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_main, "launch", lambda *_, **__: pytest.fail("it is measured"))
+    words = ["--nproc", "1,2", "experiment=cifar10_tutorial", "train.global_batch_size=256"]
+    assert main([option, *words]) == 0
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_train.bench.main", "--nproc", "2"]
+    command += ["--scaling", "strong", "--work-dir", str(tmp_path)]
+    command += ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ranks() -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_text()
+                if (
+                    str(tmp_path) in words
+                    and "bench.worker" in words
+                    and "distributed" not in words
+                ):
+                    found.append(path.parent.name)
+        return found
+
+    while len(ranks()) < 2:
+        assert process.poll() is None, "it has ended by itself"
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert ranks() == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextlib.contextmanager

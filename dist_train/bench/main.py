@@ -7,12 +7,15 @@ Exit code: 0 measured, 1 a launch failed, 2 the user's mistake.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,11 @@ def main(argv: list[str]) -> int:
     """Run `dist-train bench`; returns 0 measured, 1 a launch failed, 2 the user's mistake."""
     try:
         options = _parse(argv)
-        config = compose_request(options).config
+        request = compose_request(options)
+        config = request.config
+        if request.text is not None:
+            sys.stdout.write(request.text + "\n")
+            return 0
         counts = _counts(options)
         scalings: tuple[Scaling, ...] = (
             ("strong", "weak") if options.scaling == "both" else (options.scaling,)
@@ -52,8 +59,12 @@ def main(argv: list[str]) -> int:
     except ConfigError as mistake:
         print_error(str(mistake))
         return 2
+    if request.dry_run:
+        sys.stdout.write(_planned(setups, options))
+        return 0
     try:
-        measured = _measure(setups, options, config)
+        with _ended_by_sigterm():
+            measured = _measure(setups, options, config)
     except LaunchFailedError as failure:
         print_error(str(failure).splitlines()[0])
         sys.stderr.write("\n".join(str(failure).splitlines()[1:]) + "\n")
@@ -115,19 +126,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if options.page.suffix != ".html":
             raise ConfigError(f"--page={options.page} must end with .html")
     if options.compare is not None:
-        schema = read_json(options.compare).get("schema")
-        if schema != SCHEMA:
-            what = "no report of this benchmark" if schema is None else f"of schema {schema!r}"
-            raise ConfigError(
-                f"--compare={options.compare} is {what}: give a file that --json wrote, of schema "
-                f"{SCHEMA!r}"
-            )
+        _check_report(options.compare)
     if options.work_dir is None and options.nodes is not None:
         options.work_dir = Path("runs")
         options.work_dir.mkdir(exist_ok=True)
     if options.work_dir is not None and not options.work_dir.is_dir():
         raise ConfigError(f"--work-dir={options.work_dir} is no folder")
     return options
+
+
+def _check_report(path: Path) -> None:
+    """Raise ConfigError if the file is no report that can be compared with."""
+    old: Any = read_json(path)  # whatever the file holds
+    schema = old.get("schema") if isinstance(old, dict) else None
+    if schema == SCHEMA:
+        try:
+            compare.as_text(compare.compare(old, old), old, old)
+            return
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            what = "no whole report"
+    elif not path.exists():
+        what = "not there"
+    else:
+        what = "no report of this benchmark" if schema is None else f"of schema {schema!r}"
+    raise ConfigError(
+        f"--compare={path} is {what}: give a file that --json wrote, of schema {SCHEMA!r}"
+    )
 
 
 def _counts(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -156,6 +180,32 @@ def _numbers(text: str, option: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
+def _planned(setups: list[Setup], options: argparse.Namespace) -> str:
+    """Return in words what would be measured."""
+    some = f"from {LEAST_REPEATS} to {MOST_REPEATS}" if options.repeats is None else options.repeats
+    lines = [f"{some} launches of each, in turns, each with {options.seconds:g} s of measuring:"]
+    for setup in setups:
+        nodes = f" on {setup.num_nodes} nodes" if setup.num_nodes else ""
+        ranks = f"{setup.num_ranks} rank{'s' * (setup.num_ranks > 1)}{nodes}"
+        batch = f"train.global_batch_size={setup.global_batch_size}"
+        lines.append(f"  {ranks}, {batch}: {' and '.join(setup.scalings)} scaling")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the launch that runs and remove its folder, as an interrupt does."""
+
+    def end(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _measure(
     setups: list[Setup], options: argparse.Namespace, config: Config
 ) -> list[tuple[Setup, list[dict[str, Any]]]]:
@@ -164,6 +214,7 @@ def _measure(
     threads = max(1, len(os.sched_getaffinity(0)) // most)
     measured: list[tuple[Setup, list[dict[str, Any]]]] = [(setup, []) for setup in setups]
     begun, done, rounds = time.monotonic(), 0, 1
+    sys.stderr.write(_planned(setups, options))
     while done < rounds * len(setups):
         number = done // len(setups)
         turn = measured if number % 2 == 0 else measured[::-1]
