@@ -134,10 +134,13 @@ class Steps:
 
     def _take(self, way: str, count: int, *, lead: int = 0) -> list[float]:
         """Take steps as dist_train.train does, without what belongs to epochs."""
-        meter = self._loops[way].meter
+        loop = self._loops[way]
+        meter = loop.meter
         meter.resume()
-        for _ in range(lead):
-            self._take_one(way)
+        for _ in range(lead):  # uncounted, so that what is due now and then falls on measured ones
+            train_step(self._parts, loop.feed, step=self._step)
+            loop.feed.take_waited_sec()
+            self._step += 1
         cpu_begun, delay_begun = time.process_time(), core_delay_ns(os.getpid())
         waits = []
         self._clock.mark()
