@@ -134,18 +134,27 @@ class Steps:
 
     def _take(self, way: str, count: int, *, lead: int = 0) -> list[float]:
         """Take steps as dist_train.train does, without what belongs to epochs."""
-        loop = self._loops[way]
-        meter = loop.meter
+        parts, loop = self._parts, self._loops[way]
+        meter, progress = loop.meter, loop.progress
         meter.resume()
         for _ in range(lead):  # uncounted, so that what is due now and then falls on measured ones
-            train_step(self._parts, loop.feed, step=self._step)
+            train_step(parts, loop.feed, step=self._step)
             loop.feed.take_waited_sec()
             self._step += 1
         cpu_begun, delay_begun = time.process_time(), core_delay_ns(os.getpid())
         waits = []
         self._clock.mark()
         for _ in range(count):
-            waits.append(self._take_one(way))
+            outcomes = train_step(parts, loop.feed, step=self._step)
+            waits.append(loop.feed.take_waited_sec())
+            self._step += 1
+            progress.step += 1
+            meter.add(outcomes)
+            if way != "alone" and parts.drift.due(progress.step):
+                parts.drift.check(self._step)
+            if meter.meeting_due(progress.step):
+                meter.meet(progress, stopping=False)
+                meter.line(progress)
             self._clock.mark()
         times = self._clock.take()
         if way == "full":
@@ -153,24 +162,8 @@ class Steps:
         self.cpu_sec = (time.process_time() - cpu_begun) / max(1, count)
         self.core_delay_sec = (core_delay_ns(os.getpid()) - delay_begun) / 1e9 / max(1, count)
         meter.pause()
-        self._parts.recovery.settle()  # here, where those are who took the step
+        parts.recovery.settle()  # here, where those are who took the step
         return times
-
-    def _take_one(self, way: str) -> float:
-        """Take one step; returns the seconds that it waited for its batch."""
-        parts, loop = self._parts, self._loops[way]
-        meter, progress = loop.meter, loop.progress
-        outcomes = train_step(parts, loop.feed, step=self._step)
-        waited_sec = loop.feed.take_waited_sec()
-        self._step += 1
-        progress.step += 1
-        meter.add(outcomes)
-        if way != "alone" and parts.drift.due(progress.step):
-            parts.drift.check(self._step)
-        if meter.meeting_due(progress.step):
-            meter.meet(progress, stopping=False)
-            meter.line(progress)
-        return waited_sec
 
     def _bare(self, count: int) -> list[float]:
         """Take steps as the shortest loop does, and note the phases of each."""
