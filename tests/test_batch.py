@@ -148,6 +148,7 @@ def test_ranks_that_are_killed_are_started_again(tmp_path: Path) -> None:
     assert steps == list(range(1, 21)), "no step is missing or repeated"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 @pytest.mark.parametrize(("name", "told"), [("srun", "USR2"), ("torchrun", "TERM")])
 def test_a_stop_is_passed_on_as_what_the_launcher_understands(

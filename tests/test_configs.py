@@ -25,6 +25,7 @@ def test_every_file_is_a_choice_of_a_group() -> None:
     assert {path.suffix for path in FILES} == {".yaml"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SETTINGS, ids=str)
 def test_every_file_composes_and_every_value_of_it_counts(path: Path) -> None:
     composed = compose([f"{path.parent.name}={path.stem}"], explain=True)

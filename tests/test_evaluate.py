@@ -32,6 +32,7 @@ def test_evaluation_is_identical_on_1_2_3_and_4_ranks(tmp_path: Path) -> None:
             assert summary[key] == found[0][key], key
 
 
+@pytest.mark.slow
 def test_the_summary_counts_the_whole_test_split_and_the_log_the_validation_split(
     tmp_path: Path,
 ) -> None:

@@ -45,6 +45,7 @@ def losses_of(run: Path) -> list[Any]:
     return [(m["step"], m.get("train/loss"), m.get("eval/loss")) for m in metrics(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [0, 2, 4])
 def test_the_same_bits_on_any_number_of_ranks(
     world_size: int, reference: tuple[str, list[Any]], tmp_path: Path
@@ -93,6 +94,7 @@ def test_resnet9_has_the_same_bits_on_1_to_8_ranks_after_a_kill_and_short_of_mem
     assert found[0][0]["weights_sha256"] == hashes[1]
 
 
+@pytest.mark.slow
 def test_it_is_the_same_training_as_in_fast_order(tmp_path: Path) -> None:
     plain = (*FIXED, "model.factory=tests.nets:plain_net", "data.mixup=0")
     losses = []
@@ -129,6 +131,7 @@ def with_faults(config: Config, faults: tuple[StepFault, ...]) -> tuple[dict[str
     return summary, sum(clock.fired.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["forward", "backward", "copy"])
 def test_the_same_bits_after_a_rank_was_short_of_memory(
     place: str, reference: tuple[str, list[Any]], tmp_path: Path
@@ -256,6 +259,7 @@ def test_running_statistics_are_the_mean_over_the_shards(world_size: int) -> Non
         torch.testing.assert_close(found, torch.cat([mean, var]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sum_is_that_of_one_binary_tree() -> None:
     values = torch.randn(8, 501, generator=torch.Generator().manual_seed(0)) * 1e3
     level = list(values)

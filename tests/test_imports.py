@@ -219,6 +219,7 @@ def _is_below(module: str, allowed: tuple[str, ...]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_training_starts_without_torchvision() -> None:
     code = "import sys, dist_train.train; print(*sys.modules)"
     done = subprocess.run(

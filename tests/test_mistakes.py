@@ -104,6 +104,7 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEFORE_THE_START)
 def test_the_launcher_answers_without_torch_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     words, cure = BEFORE_THE_START[name]

@@ -75,6 +75,7 @@ def test_a_first_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert logged[6]["train/skipped_steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_skipped_step_leaves_the_weights_of_a_run_without_it(lag: int, tmp_path: Path) -> None:
     # every forward of steps 0..5 is poisoned, and the one that looks for the cause

@@ -56,6 +56,7 @@ def end_of(peer: str, world_size: int, folder: Path) -> str:
     return str(result["weights_sha256"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_loop_has_the_bits_of_one_written_by_hand(world_size: int, tmp_path: Path) -> None:
     ours = run_ranks(end_of, world_size, "ours", world_size, tmp_path)
@@ -105,6 +106,7 @@ def test_the_fast_loop_runs_on_an_older_torch(
     assert job.asked == job.total_steps
 
 
+@pytest.mark.slow
 def test_the_fast_loop_spares_the_garbage_collector_what_lives_and_gives_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +322,7 @@ def one(python: str, peer: str = "plain", limit_sec: float = 60.0) -> Outcome:
     return run_round(python, [peer], CELL, seed=0, limit_sec=limit_sec)[peer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [0, 2, ALL])
 def test_a_peer_that_takes_too_long_has_failed_and_leaves_no_rank(
     turns: int, tmp_path: Path

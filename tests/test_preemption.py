@@ -154,6 +154,7 @@ def test_a_run_saves_before_its_job_ends(tmp_path: Path) -> None:
     assert status["time"] < end, "saved too late"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "both"])
 def test_a_stop_before_the_start_loads_nothing_and_the_same_command_continues(
     asked: tuple[int, ...], clean: dict[str, Any], tmp_path: Path

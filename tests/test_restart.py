@@ -151,6 +151,7 @@ def test_a_machine_that_does_not_see_the_run_counts_no_attempts_of_ranks_that_me
     assert "attempt 11 ended" in told[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 2, 93])
 def test_how_the_launch_before_ended_is_not_how_this_one_did(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -139,6 +139,7 @@ def saved_steps(run: Path) -> list[int]:
     return [e["step"] for e in events(run, "saved")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 def test_weights_that_only_skip_steps_are_no_good_checkpoint(lag: int, tmp_path: Path) -> None:
     # Saves are due after 10 and 15 steps; those from 13 on are skipped, and the fifth leads back.
@@ -177,6 +178,7 @@ def test_a_stop_among_skipped_steps_saves_and_the_way_back_leads_past_it(tmp_pat
     assert resumed["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_rollback_before_the_first_save_keeps_to_this_run_not_the_one_begun_with(
     tmp_path: Path,
 ) -> None:
@@ -265,6 +267,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
     return found[0]["weights_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["parameter", "momentum", "average"])
 @pytest.mark.parametrize("bit", [0, 22, 30, 31])
 def test_a_flipped_bit_in_a_replica_is_found_named_and_healed(
@@ -290,6 +293,7 @@ def frozen_net(num_classes: int) -> nn.Module:
     return net
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_frozen_parameter_is_found_too(tmp_path: Path) -> None:
     config = small(tmp_path, *SETTINGS, "model.factory=tests.test_rollback:frozen_net")
     run_ranks(trained, 3, config, {13: Flip("parameter", "0.weight", 20)}, 1)

@@ -102,6 +102,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
 def test_a_run_and_its_resume_need_no_compiler(optim: str, tmp_path: Path) -> None:
     words = [str(tmp_path / "run"), f"optim.name={optim}"]
@@ -135,6 +136,7 @@ def trained_on_mixed_hardware(config: Config, at: int) -> dict[str, Any]:
         return loop.train(config)
 
 
+@pytest.mark.slow
 def test_ranks_on_different_hardware_are_told_and_blamed_before_the_memory(tmp_path: Path) -> None:
     config = small(tmp_path, "train.steps=12", "guards.drift_every=4", "checkpoint.every_steps=2")
     run_ranks(trained_on_mixed_hardware, 2, config, 5)

@@ -269,6 +269,7 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["flat", "overlap"])
 def test_a_rank_short_of_memory_costs_a_repeated_step(sync: str, tmp_path: Path) -> None:
     scenarios = list(memory_faults(2, sync))
@@ -325,6 +326,7 @@ def test_memory_and_then_a_nan_drop_the_one_and_skip_the_other(sync: str, tmp_pa
         assert all(torch.equal(mine.weights[k], twin.weights[k]) for k in mine.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["flat", "overlap"])
 @pytest.mark.parametrize("place", ["copy", "forward", "backward", "before the backward"])
 def test_an_exception_on_one_rank_is_the_same_failure_on_all(

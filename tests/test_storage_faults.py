@@ -159,6 +159,7 @@ def test_the_last_announced_one_survives_a_power_cut_anywhere(tmp_path: Path) ->
     assert (count.injected, count.missed) == (150, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skipped", ["file", "folder", "parent"])
 def test_the_model_of_power_cuts_notices_a_sync_that_is_missing(
     skipped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,6 +96,7 @@ def test_what_is_submitted(name: str, slurm: FakeSlurm, capsys: pytest.CaptureFi
     assert text == (GOLDEN / f"submit_{name}.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_dry_run_shows_to_the_byte_what_sbatch_gets(
     name: str, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
@@ -210,6 +211,7 @@ def test_the_elements_of_a_sweep_in_a_named_folder(
     assert "--array" not in one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "values"),
     [
@@ -313,6 +315,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_is_refused_before_the_queue(
     name: str, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
@@ -541,6 +544,7 @@ print(mine.value(), net.value(), value, launch.__file__,
 """
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_what_runs_whatever_is_edited_meanwhile(
     fork: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

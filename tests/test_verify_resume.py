@@ -108,6 +108,7 @@ def test_a_mistake_is_one_line_and_code_2(
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_first_other_state_line_and_result_are_named(tmp_path: Path) -> None:
     options = ("train.steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=9", "log_every=1")
     for name in ("one", "two"):
