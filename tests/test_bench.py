@@ -94,6 +94,8 @@ def made_up_rank(number: int, batch: int, **sec: float) -> dict[str, Any]:
         "save_sec": 0.01,
         "all_reduce": [(1024, 0.001), (1_000_000, 0.002)],
         "batch_size": batch,
+        "dataset": "cifar10",
+        "notice": None,
         "precision": "fp32",
         "memory_format": "channels_last",
         "sync": "flat",
@@ -225,14 +227,12 @@ def test_each_piece_of_a_block_is_divided_by_what_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "lead", "workers", "pieces"),
-    [(2, 0, False, 2), (50, 0, False, 3), (3, 0, True, 1), (2, 1, False, 1), (5, 1, False, 2)],
+    ("length", "workers", "pieces"),
+    [(2, False, 1), (5, False, 2), (50, False, 3), (50, True, 1)],
 )
-def test_a_block_is_cut_where_that_costs_little(
-    length: int, lead: int, workers: bool, pieces: int
-) -> None:
+def test_a_block_is_cut_where_that_costs_little(length: int, workers: bool, pieces: int) -> None:
     """Not where batches would be loaded between, or where as many steps would not be measured."""
-    assert worker.pieces_of_block(length, lead, workers=workers) == pieces
+    assert worker.pieces_of_block(length, workers=workers) == pieces
 
 
 def own_loading(launch: dict[str, Any], *waits: float) -> dict[str, Any]:
@@ -558,7 +558,19 @@ def test_a_slower_machine_is_no_slower_code() -> None:
         assert line["change"] == pytest.approx(factor - 1, abs=0.001)
         assert line["machine"] == pytest.approx(machine - 1, abs=0.001)
     told = compare.as_text(compare.compare(old, old), old, old)
-    assert "no change of the step time beyond noise" in told
+    assert "no change of the step time beyond noise, which would hide one of 1.5%" in told
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5])
+def test_a_comparison_of_two_noisy_launches_has_nothing_to_tell(change: float) -> None:
+    [single, _] = results_of(measured_setups())
+    old = report_of([times(single, 1.0) | {"relative_step_of_launches": [10.0, 13.0]}])
+    noisy = [10.0 * (1 + change), 13.0 * (1 + change)]
+    new = report_of([times(single, 1.0) | {"relative_step_of_launches": noisy}])
+    lines = compare.compare(old, new)
+    assert not lines[0]["changed"]
+    assert lines[0]["hidden"] > 1
+    assert "nothing can be told, as noise hides changes" in compare.as_text(lines, old, new)
 
 
 @pytest.mark.parametrize(("more", "machine"), [(0.1, 0.7), (0.1, 1.6), (-0.1, 1.4), (-0.1, 0.6)])
@@ -585,11 +597,13 @@ def test_another_job_is_told_when_reports_are_compared() -> None:
     old = report_of([times(single, 1.0) | {"threads": 2}])
     del old["setups"][0]["micro_batch_size"]
     changed = {"threads": 1, "precision": "bf16", "memory_format": "contiguous"}
+    changed["dataset"] = "synthetic"
     changed["micro_batch_size"] = 32
     new = report_of([times(single, 1.0) | changed]) | {"experiment": "f"}
     [line] = compare.compare(old, new)
     formats = ["channels_last", "contiguous"]
     changes = {"precision": ["fp32", "bf16"], "memory_format": formats, "threads": [2, 1]}
+    changes["dataset"] = ["cifar10", "synthetic"]
     assert line["differs"] == changes
     told = compare.as_text([line], old, new)
     assert "not the same experiment: e then, f now" in told
@@ -604,6 +618,16 @@ def test_the_report_shows_every_part_and_curve() -> None:
     assert "not explained" in text
     assert "NVLink" in text
     assert "(a failure of each GPU in 50,000 hours; a save stalls 10.0 ms" in text
+
+
+def test_the_report_says_what_was_trained_on() -> None:
+    assert as_text(report_of(results_of(measured_setups()))).startswith("e with cifar10 on cpu, ")
+    setups = results_of(measured_setups())
+    for result in setups:
+        result |= {"dataset": "synthetic", "notice": "NOT CIFAR-10"}
+    [head, notice, *_] = as_text(report_of(setups)).splitlines()
+    assert head.startswith("e with synthetic on cpu, ")
+    assert notice == "*** NOT CIFAR-10 ***"
 
 
 def test_the_page_holds_all_of_the_report(tmp_path: Path) -> None:
@@ -874,6 +898,34 @@ def test_what_would_be_measured_is_told_without_measuring(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_what_only_a_rank_can_refuse_is_one_line(
+    count: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the folder of folders is made."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["experiment=cifar10_tutorial", "data=synthetic", "precision=fp16"]
+    work_dir = tmp_path / "a" / "b"
+    assert main(["--nproc", count, "--work-dir", str(work_dir), *words]) == 2
+    [*plan, refusal] = capsys.readouterr().err.splitlines()
+    assert "precision=fp16" in refusal
+    assert all("launch" in line or "scaling" in line for line in plan)
+    assert list(work_dir.iterdir()) == []
+
+
+def test_a_work_dir_that_cannot_be_made_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--work-dir", str(tmp_path / "file" / "b"), "experiment=cifar10_tutorial"]
+    assert main(["--nproc", "1", *words]) == 2
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_benchmark_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_train.bench.main", "--nproc", "2"]
     command += ["--scaling", "strong", "--work-dir", str(tmp_path)]
@@ -937,6 +989,7 @@ def batches_of_full_blocks(config: Config, ways: list[tuple[str, int]]) -> tuple
     return begun, taken
 
 
+@pytest.mark.slow
 def test_other_blocks_do_not_start_the_loader_anew(tmp_path: Path) -> None:
     ways = [("full", 2), ("ready", 2), ("full", 2), ("alone", 2), ("bare", 2), ("full", 2)]
     assert run_ranks(batches_of_full_blocks, 0, small(tmp_path), ways) == [([0], 6)]
@@ -1136,7 +1189,7 @@ def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, An
         patch.setattr(worker, "product_rate", large)
         patch.setattr(worker, "_save_sec", with_phase("save", save))
         patch.setattr(worker, "flops_of_a_sample", with_phase("flops", flops))
-        spec = worker.Spec(out="", seconds=0.1, number=0, begun=time.time())
+        spec = worker.Spec(out="", refusal="", seconds=0.1, number=0, begun=time.time())
         found = worker.measure(config, spec)
     assert found is not None
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1156,7 +1209,7 @@ def test_a_launch_measures_the_training_and_not_itself(tmp_path: Path) -> None:
     ):
         assert len(block) == len(waits) == rank["block_steps"]
         assert len(block) % len(beside) == 0
-        assert len(beside) == worker.pieces_of_block(len(block), 0, workers=False)
+        assert len(beside) == worker.pieces_of_block(len(block), workers=False)
 
 
 def measured(config: Any, trouble: str) -> dict[str, Any] | None:
@@ -1189,7 +1242,7 @@ def measured(config: Any, trouble: str) -> dict[str, Any] | None:
 
             patch.setattr(torch.nn.functional, "relu", slow_relu)
             patch.setattr(torch.nn.ReLU, "forward", lambda self, x: slow_relu(x))
-        spec = worker.Spec(out="", seconds=0.5, number=0, begun=time.time())
+        spec = worker.Spec(out="", refusal="", seconds=0.5, number=0, begun=time.time())
         return worker.measure(config, spec)
 
 

@@ -8,8 +8,17 @@ from dist_train.bench.breakdown import MEANS, PARTS
 from dist_train.bench.intervals import geometric_mean_of, t_99
 
 LEAST_CHANGE = 0.015  # of the step: less is not worth a word, however sure it is
+BLUNT = 0.05  # a comparison that would not have told a change of so much has told nothing
 # Told where they differ.
-OF_THE_JOB = ("precision", "memory_format", "threads", "sync", "micro_batch_size", "loader")
+OF_THE_JOB = (
+    "dataset",
+    "precision",
+    "memory_format",
+    "threads",
+    "sync",
+    "micro_batch_size",
+    "loader",
+)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
@@ -40,6 +49,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
                 "change": math.expm1(change),
                 "low": math.expm1(change - half),
                 "high": math.expm1(change + half),
+                "hidden": max(LEAST_CHANGE, math.expm1(half)),  # a smaller one is not told
                 "machine": math.expm1(machine),
                 "changed": told,
                 "part": _part_that_changed(before, result, change) if told else None,
@@ -63,12 +73,21 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
         hour = f"; the machine itself {line['machine']:+.1%}" if abs(line["machine"]) > 0.01 else ""
         told += [f"  {where}: {_difference(*item)}" for item in line["differs"].items()]
         if not line["changed"]:
-            told.append(f"  {where}: no change of the step time beyond noise: {span}{hour}")
+            told.append(f"  {where}: {_unchanged(line['hidden'])}: {span}{hour}")
             continue
         part = f", most of it {MEANS[line['part']]}" if line["part"] else ""
         faster = "longer" if line["change"] > 0 else "shorter"
         told.append(f"  {where}: steps are {faster}: {span}{part}{hour}")
     return "\n".join(told) + "\n"
+
+
+def _unchanged(hidden: float) -> str:
+    if hidden > BLUNT:
+        return (
+            f"nothing can be told, as noise hides changes of the step time of up to {hidden:.0%}; "
+            "both reports need more launches (--repeats) on an idle machine"
+        )
+    return f"no change of the step time beyond noise, which would hide one of {hidden:.1%}"
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -117,6 +117,7 @@ def launch(
         number: of the launch among those of its setup.
 
     Raises:
+        ConfigError: a rank refuses the configuration, which cannot be known without its device.
         LaunchFailedError: with the end of what they said.
     """
     work_dir = options.work_dir.absolute() if options.work_dir is not None else None
@@ -124,6 +125,7 @@ def launch(
     try:
         spec = {
             "out": str(folder / "measured.json"),
+            "refusal": str(folder / "refusal.txt"),
             "seconds": options.seconds,
             "number": number,
             "begun": time.time(),
@@ -139,6 +141,8 @@ def launch(
                 code = None
             output.seek(0)
             said = output.read().splitlines()
+        if (folder / "refusal.txt").is_file():
+            raise ConfigError((folder / "refusal.txt").read_text())
         if code != 0 or not (folder / "measured.json").is_file():
             raise LaunchFailedError(
                 f"{setup.num_ranks} ranks with a batch of {setup.global_batch_size} "

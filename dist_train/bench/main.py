@@ -63,8 +63,12 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(_planned(setups, options))
         return 0
     try:
+        _make(options.work_dir)
         with _ended_by_sigterm():
             measured = _measure(setups, options, config)
+    except ConfigError as mistake:
+        print_error(str(mistake))
+        return 2
     except LaunchFailedError as failure:
         print_error(str(failure).splitlines()[0])
         sys.stderr.write("\n".join(str(failure).splitlines()[1:]) + "\n")
@@ -129,10 +133,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         _check_report(options.compare)
     if options.work_dir is None and options.nodes is not None:
         options.work_dir = Path("runs")
-        options.work_dir.mkdir(exist_ok=True)
-    if options.work_dir is not None and not options.work_dir.is_dir():
-        raise ConfigError(f"--work-dir={options.work_dir} is no folder")
     return options
+
+
+def _make(work_dir: Path | None) -> None:
+    if work_dir is None:
+        return
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--work-dir={work_dir} cannot be made: {error.strerror}") from error
 
 
 def _check_report(path: Path) -> None:

@@ -9,9 +9,10 @@ def as_text(report: dict[str, Any]) -> str:
     """Return the whole report as text."""
     machine, first = report["machine"], report["setups"][0]
     lines = [
-        f"{report['experiment']} on {machine['device']}, {machine['cpu']}; torch "
-        f"{machine['torch']}, {first['precision']}, {first['memory_format']}; "
-        f"{report['repeats']} launches of each, in turns",
+        f"{report['experiment']} with {first['dataset']} on {machine['device']}, "
+        f"{machine['cpu']}; torch {machine['torch']}, {first['precision']}, "
+        f"{first['memory_format']}; {report['repeats']} launches of each, in turns",
+        *([] if first["notice"] is None else [f"*** {first['notice']} ***"]),
         "",
     ]
     for scaling, title in (

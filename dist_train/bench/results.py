@@ -129,6 +129,8 @@ def _result(setup: Setup, launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{
             key: first[key]
             for key in (
+                "dataset",
+                "notice",
                 "precision",
                 "memory_format",
                 "sync",

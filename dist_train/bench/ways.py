@@ -92,8 +92,9 @@ class Steps:
             way: one of `ways`. A full block was drained for, or begins with steps that are not
                 measured.
             count: of the steps that are measured.
-            lead: of steps before them that are not, of a full or ready block. Ranks do not leave a
-                barrier at once, and the first step after it waits for the last of them.
+            lead: of steps before them that are not. Ranks do not leave a barrier at once, and the
+                first step after it waits for the last of them; it also finds in the caches what
+                came before the block.
         """
         scaler = self._parts.scaler
         self._parts.replica.ranks.barrier()
@@ -105,10 +106,10 @@ class Steps:
             return self._take(way, count, lead=lead)
         scale = None if scaler is None else scaler.state_dict()
         if way == "bare":
-            times = self._bare(count)
+            times = self._bare(count, lead=lead)
         else:
             with self._parts.replica.alone():
-                times = self._take(way, count)
+                times = self._take(way, count, lead=lead)
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scale)
         self._agree_again()
@@ -165,14 +166,14 @@ class Steps:
         parts.recovery.settle()  # here, where those are who took the step
         return times
 
-    def _bare(self, count: int) -> list[float]:
-        """Take steps as the shortest loop does, and note the phases of each."""
+    def _bare(self, count: int, *, lead: int = 0) -> list[float]:
+        """Take steps as the shortest loop does, and note the phases of each measured one."""
         parts, clock = self._parts, self._clock
         replica, pulse = parts.replica, parts.replica.ranks.pulse
         pieces = self.pieces()
         weight = replica.loss_weight(self.batch.global_size)
         smoothing = parts.config.optim.label_smoothing
-        for _ in range(count):
+        for _ in range(lead + count):
             pulse.at("forward", self._step)
             self._step += 1
             for piece in pieces:
@@ -190,7 +191,7 @@ class Steps:
         times = clock.take()
         each = 2 * len(pieces) + 2  # the last one is from the end of a step to the next
         self.phases, found = [], []
-        for first in range(0, len(times), each):
+        for first in range(lead * each, len(times), each):
             step = times[first : first + each]
             forward_sec = sum(step[0 : 2 * len(pieces) : 2])
             backward_sec = sum(step[1 : 2 * len(pieces) : 2])

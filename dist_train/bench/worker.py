@@ -31,8 +31,9 @@ from dist_train.bench.ways import Steps
 from dist_train.build import as_written
 from dist_train.checkpoint import HostBuffers
 from dist_train.claim import open_run
-from dist_train.config import Config
+from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request
+from dist_train.config.whole_file import write_atomically
 from dist_train.data.loaders import open_data
 from dist_train.distributed import Ranks, shorten_timeouts, start_ranks
 from dist_train.plan import make_plan
@@ -49,7 +50,7 @@ from dist_train.watchdog import watch
 BLOCK_SEC = 0.15  # short: the machine's speed is much the same for all blocks of a round
 MOST_STEPS = 200  # of a block
 PIECES = 3  # of a full block, with the reference beside each
-LEAD = 1  # steps that bring several ranks in step with each other
+LEAD = 1  # steps before each block, which bring ranks in step with each other and fill the caches
 WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
 LEAST_ROUNDS = 4
 REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
@@ -62,19 +63,28 @@ class Spec:
     """What a launch is to do; written by dist_train.bench.launches."""
 
     out: str  # a file
+    refusal: str  # a file for what is wrong with the configuration, if that is all
     seconds: float  # of measuring, after the warm-up
     number: int  # of the launch among those of its setup: seed of the order of the ways
     begun: float  # time.time() when the launch was begun
 
 
 def main() -> None:
-    """Measure; a failure is the launcher's to tell."""
+    """Measure; a failure is the launcher's to tell.
+
+    Raises:
+        SystemExit: with 2, the configuration is refused, and a file says why.
+    """
     parser = Parser(prog="dist_train.bench.worker")
     parser.add_argument("--spec", required=True)
     add_run_options(parser)
     options = parser.parse_intermixed_args(sys.argv[1:])
     spec = Spec(**json.loads(options.spec))
-    found = measure(compose_request(options).config, spec)
+    try:
+        found = measure(compose_request(options).config, spec)
+    except ConfigError as mistake:
+        write_atomically(Path(spec.refusal), str(mistake))
+        raise SystemExit(2) from None
     if found is not None:
         Path(spec.out).write_text(json.dumps(found))
 
@@ -110,6 +120,7 @@ def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
                 mine["memory_bytes"] = _peak_memory(ranks.device)  # before this file takes its own
                 mine |= _rounds(steps, ranks, mine["step_sec"], spec, parts.precision)
                 mine |= _once(steps, parts, ranks, count_flops=spec.number == 0)
+                mine |= {"dataset": data.name, "notice": data.notice}
         parts.replica.close()
         everyone = ranks.gather(mine)
     return {"ranks": everyone} if ranks.rank == 0 else None
@@ -156,8 +167,7 @@ def _rounds(
     references: list[list[float]] = []
     products = []
     reference, dice = Reference(ranks.device), random.Random(spec.number)
-    lead = 0 if ranks.control is None else LEAD
-    pieces = pieces_of_block(length, lead, workers="ready" in steps.ways)
+    pieces = pieces_of_block(length, workers="ready" in steps.ways)
     length -= length % pieces
     end = time.monotonic() + spec.seconds
     for number in range(1_000_000):
@@ -167,12 +177,12 @@ def _rounds(
         products.append(product_rate(ranks.device, precision))
         for way in dice.sample(steps.ways, len(steps.ways)):
             if way == "full":
-                times, waited, beside = _full_block(steps, reference, length, pieces, lead)
+                times, waited, beside = _full_block(steps, reference, length, pieces)
                 blocks[way].append(times)
                 waits.append(waited)
                 references.append(beside)
                 continue
-            blocks[way].append(steps.block(way, length, lead=lead if way == "ready" else 0))
+            blocks[way].append(steps.block(way, length, lead=LEAD))
             if way == "alone":
                 alone_cpu_sec.append(steps.cpu_sec)
                 alone_core_delay_sec.append(steps.core_delay_sec)
@@ -190,25 +200,25 @@ def _rounds(
     }
 
 
-def pieces_of_block(length: int, lead: int, *, workers: bool) -> int:
+def pieces_of_block(length: int, *, workers: bool) -> int:
     """Return in how many pieces a full block of `length` steps is taken.
 
     The machine's speed may change within a block, and the closer the reference is the better. But
-    each piece is longer than the `lead` of steps before it that are not measured, and where
+    each piece is longer than the LEAD of steps before it that are not measured, and where
     `workers` load batches they would load them meanwhile: one piece.
     """
-    return 1 if workers else max(1, min(PIECES, length // (1 + lead)))
+    return 1 if workers else max(1, min(PIECES, length // (1 + LEAD)))
 
 
 def _full_block(
-    steps: Steps, reference: Reference, length: int, pieces: int, lead: int
+    steps: Steps, reference: Reference, length: int, pieces: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Take a full block; returns its steps, their waits, and the reference beside each piece."""
     times, waits = [], []
     steps.drain(length)
     marks = [reference.seconds()]
     for _ in range(pieces):
-        times += steps.block("full", length // pieces, lead=lead)
+        times += steps.block("full", length // pieces, lead=LEAD)
         waits += steps.waits
         marks.append(reference.seconds())
     return times, waits, [(before + after) / 2 for before, after in itertools.pairwise(marks)]
