@@ -216,6 +216,7 @@ def _launch(
     folder.mkdir()
     out = folder / "measured.json"
     spec = {"out": str(out), "seconds": SECONDS, "number": number, "begun": time.time()}
+    spec["refusal"] = str(folder / "refusal.txt")
     rest = ["--spec", json.dumps(spec), *words, *FIXED, f"run_dir={folder}/run"]
     env = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with _started([[*command, *rest] for command in commands], env, folder) as processes:
