@@ -692,6 +692,22 @@ def test_the_measured_curves_have_an_ideal_and_intervals() -> None:
     assert curves_of(panels["shares"])["ideal"][1] == [1.0, 1.0], "100 % at every count"
 
 
+@pytest.mark.parametrize("rates", [(4000, 4400), (900, 1100), (3000, 24_000), (0.5, 1_000_000)])
+def test_images_a_second_are_written_in_full(rates: tuple[float, float]) -> None:
+    setups = results_of(measured_setups())
+    for result, rate in zip(setups, rates, strict=True):
+        result["images_per_sec"] = {"value": rate, "low": rate, "high": rate}
+    report = report_of(setups)
+    figure = _figure(report)
+    [axes] = [axes for axes in figure.axes if axes.get_label() == "rates"]
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
+    assert len(ticks) >= 2
+    assert [float(label.replace(",", "")) for label in labels] == pytest.approx(ticks)
+    assert axes.yaxis.get_minorticklocs().size == 0
+
+
 def test_the_predicted_efficiency_is_a_curve_with_its_error_beside_it() -> None:
     report = report_of(results_of(measured_setups()))
     scale = report["scale"]

@@ -102,9 +102,21 @@ def _draw_measured(rates: Any, shares: Any, setups: list[dict[str, Any]]) -> Non
     counts = sorted({r["num_ranks"] for r in setups})
     _prepare(rates, "images/s", counts)
     rates.set_yscale("log")
+    _label_in_full(rates)
     rates.legend(frameon=False)
     _prepare_shares(shares, "efficiency", counts)
     shares.legend(frameon=False, loc="lower left")
+
+
+def _label_in_full(axes: Any) -> None:
+    """Write the numbers of a logarithmic axis as they are: 4,000 and not 4 x 10^3."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    wide = high > 5 * low  # so that 1, 2, 5 times powers of ten are two ticks at least
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def _draw_curve(
