@@ -273,11 +273,13 @@ def test_a_round_that_had_fewer_peers_is_not_filled_up_later() -> None:
 
 def test_cases_and_styles_have_tables_of_their_own(tmp_path: Path) -> None:
     resnet9, default = Cell("resnet9", "lean", 1, "fp32"), Cell("tiny", "default", 1, "fp32")
-    runs = [record_of("plain", 0), record_of("plain", 0, 5e3, base=replace(BASE, cell=default))]
+    other = replace(BASE, cell=default, series="two", surroundings=HERE | {"code": "def"})
+    runs = [record_of("plain", 0), record_of("plain", 0, 5e3, base=other)]
     runs += [record_of("plain", 0, 9e6, base=replace(BASE, cell=resnet9, series="later"))]
     tables = make_tables(runs)
     lean, rest = tables["tiny"].split("**1 rank, fp32, default**, 1 round:")
     assert "**1 rank, fp32, lean**, 1 round:" in lean
+    assert lean.index("code abc") < lean.index("code def"), "each of a series of its own"
     assert (row_of("plain", lean)[1], row_of("plain", rest)[1]) == ("1,000", "5,000")
     assert row_of("plain", tables["resnet9"])[1] == "9,000,000"
     assert len({records.file_of(case) for case in CASES}) == len(CASES)

@@ -116,7 +116,7 @@ def _parse() -> argparse.Namespace:
     runs.add_argument("--case", choices=CASES, default="tiny")
     runs.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     runs.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    runs.add_argument("--styles", nargs="+", default=["lean"], choices=("lean", "default"))
+    runs.add_argument("--styles", nargs="+", default=["lean"], choices=records.STYLES)
     runs.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     runs.add_argument("--file", type=Path, help="keep them there, not in benchmarks/results")
     runs.add_argument("--again", action="store_true", help="begin anew, whatever is there")

@@ -21,6 +21,7 @@ PACKAGES = {
     "hf_trainer": "transformers",
 }
 ABSENT = "not installed"
+STYLES = ("lean", "default")
 # All that decides what is measured; what only shows the results may change.
 MEASURE = ("one_round.py", "worker.py", "job.py", "loops.py", "frameworks.py", "ours.py")
 CODE = ("dist_train", "configs", *(f"benchmarks/peers/{name}" for name in MEASURE))
@@ -32,7 +33,7 @@ class Cell:
     """What all runs that are compared have in common."""
 
     case: str
-    style: str  # lean | default
+    style: str  # of STYLES
     ranks: int
     precision: str  # fp32 | bf16
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from benchmarks.peers.job import CASES
-from benchmarks.peers.records import Cell, Record, judged, newest_series
+from benchmarks.peers.records import STYLES, Cell, Record, judged, newest_series
 from benchmarks.peers.worker import PEERS
 from dist_train.bench.intervals import Estimate, geometric_mean_of, mean_of
 
@@ -36,7 +36,7 @@ EXPLAINED = (
 
 
 def make_tables(records: Sequence[Record]) -> dict[str, str]:
-    """Return the Markdown of each case, from the newest series that measured it."""
+    """Return the Markdown of each case."""
     cases = dict.fromkeys(r.cell.case for r in records)
     return {case: _tables_of([r for r in records if r.cell.case == case]) for case in cases}
 
@@ -60,22 +60,27 @@ def paired(here: Sequence[Record], peer: str, base: str, key: str) -> list[tuple
 
 
 def _tables_of(records: Sequence[Record]) -> str:
-    kept = judged(newest_series(records))
-    cells = sorted({r.cell for r in kept}, key=lambda c: (c.style != "lean", c))
+    """Return the tables of one case, each style from the newest series that measured it."""
+    lines: list[str] = []
+    for style in STYLES:
+        measured = newest_series([r for r in records if r.cell.style == style])
+        if measured:
+            lines += _lines_of_style(judged(measured), explained=bool(lines))
+    return "\n".join(lines)
+
+
+def _lines_of_style(kept: Sequence[Record], *, explained: bool) -> list[str]:
     dates = " to ".join(dict.fromkeys((kept[0].date, kept[-1].date)))
     about = ", ".join(f"{name} {value}" for name, value in kept[0].surroundings.items())
-    children = _mean(kept, "ours", "children_us")
-    watchdog = "its watchdog" if children is None else f"its watchdog, {children:.0f} us a step"
-    case = CASES[cells[0].case]
-    lines = [
-        f"{cells[0].case} net, {dates}; {about}.",
-        "",
-        EXPLAINED.format(watchdog=watchdog, turn=case.turn, turns=case.turns),
-        "",
-    ]
-    for cell in cells:
+    first = kept[0].cell
+    lines = [f"{first.case} net, {first.style}, {dates}; {about}.", ""]
+    if not explained:
+        children, case = _mean(kept, "ours", "children_us"), CASES[first.case]
+        watchdog = "its watchdog" if children is None else f"its watchdog, {children:.0f} us a step"
+        lines += [EXPLAINED.format(watchdog=watchdog, turn=case.turn, turns=case.turns), ""]
+    for cell in sorted({r.cell for r in kept}):
         lines += [*_lines_of(cell, [r for r in kept if r.cell == cell]), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def _lines_of(cell: Cell, here: Sequence[Record]) -> list[str]:
