@@ -83,6 +83,7 @@ LATE = {
     ("dist_train/doctor/examination.py", "dist_train.doctor"),
     ("dist_train/bench/page.py", "matplotlib"),
     ("dist_train/bench/page.py", "matplotlib.figure"),
+    ("dist_train/bench/page.py", "matplotlib.ticker"),
     # torchvision takes half a second and more to import, and most runs need none of it
     ("dist_train/data/cifar10.py", "torchvision.datasets.utils"),
     ("dist_train/data/worker_dataset.py", "torchvision.transforms"),

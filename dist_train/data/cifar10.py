@@ -17,7 +17,8 @@ import numpy as np
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import cache_root, locked
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
+from dist_train.data.splits import Source
 
 PROBE_SEC = 3.0
 STALL_SEC = 30.0  # a download that sends nothing for so long is given up

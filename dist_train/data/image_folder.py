@@ -8,7 +8,8 @@ from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, cache_root, unseen
 from dist_train.data.folder_scan import PictureFile, scan_folder
 from dist_train.data.picture_cache import verified_pictures
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
+from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import FileItems, WorkerPictures
 
 

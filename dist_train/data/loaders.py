@@ -11,8 +11,9 @@ from torch import Tensor
 from dist_train.config import Config, ConfigError
 from dist_train.data.batch import Batch
 from dist_train.data.memory_loader import MemoryLoader
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source, needs_a_first
+from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.data.worker_loader import WorkerLoader
 from dist_train.distributed import Ranks

@@ -7,7 +7,8 @@ from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, unseen
 from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
 from dist_train.data.image_folder import load_image_folder
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
+from dist_train.data.splits import Source
 from dist_train.data.synthetic import load_synthetic
 from dist_train.data.user import load_user_source
 from dist_train.data.worker_dataset import ArrayItems, WorkerPictures

@@ -9,7 +9,8 @@ import numpy as np
 
 from dist_train.config.importing import nearest
 from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
+from dist_train.data.splits import Source
 
 CLASS_SEED = 2  # of shapes and tints; the splits use the two that follow
 CELLS = 6  # a shape is CELLS x CELLS cells, symmetric: 2^18 of them

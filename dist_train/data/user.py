@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dist_train.config.importing import import_callable, raised_where
 from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
+from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import WorkerPictures
 
 

@@ -16,8 +16,9 @@ import pytest
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import cifar10, synthetic
 from dist_train.data.cifar10 import CIFAR10
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
+from dist_train.data.splits import Source
 
 NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 

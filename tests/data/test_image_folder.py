@@ -16,8 +16,9 @@ from PIL import Image
 from dist_train.config.compose import compose
 from dist_train.config.schema import Config, ConfigError, DataConfig
 from dist_train.data import decode, picture_cache, slices
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
+from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import WorkerPictures
 from tests.ranks import run_ranks
 from tests.settings import SMALL

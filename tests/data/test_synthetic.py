@@ -7,8 +7,9 @@ import pytest
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import synthetic
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
+from dist_train.data.splits import Source
 
 SMALL = {"num_train": 3000, "num_test": 500}
 

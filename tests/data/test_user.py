@@ -11,8 +11,9 @@ import torch
 
 from dist_train.config.importing import import_callable
 from dist_train.config.schema import ConfigError, DataConfig
-from dist_train.data.pictures import Pictures, Source
+from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
+from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import WorkerPictures
 
 MODULE = """
