@@ -23,7 +23,7 @@ from benchmarks.intervals import ROOT
 from benchmarks.reliability.cable import ADDRESSES, DEVICE, Cable, why_no_cable
 from dist_train.bench import launches, main
 from dist_train.bench.advice import advice_for
-from dist_train.bench.launches import FIXED, Setup
+from dist_train.bench.launches import FIXED, MEASURED, Setup
 from dist_train.bench.results import results_of
 from dist_train.bench.scale import predictions
 
@@ -214,9 +214,7 @@ def _launch(
     number: int,
 ) -> dict[str, Any]:
     folder.mkdir()
-    out = folder / "measured.json"
-    spec = {"out": str(out), "seconds": SECONDS, "number": number, "begun": time.time()}
-    spec["refusal"] = str(folder / "refusal.txt")
+    spec = {"folder": str(folder), "seconds": SECONDS, "number": number, "begun": time.time()}
     rest = ["--spec", json.dumps(spec), *words, *FIXED, f"run_dir={folder}/run"]
     env = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with _started([[*command, *rest] for command in commands], env, folder) as processes:
@@ -230,7 +228,7 @@ def _launch(
                 texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.txt"))]
                 said = "\n".join(text[-2000:] for text in texts)
                 raise RuntimeError(f"a launch {ended}; the ranks said last:\n{said}")
-    return json.loads(out.read_text())
+    return json.loads((folder / MEASURED).read_text())
 
 
 @contextlib.contextmanager

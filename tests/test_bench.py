@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -379,6 +380,16 @@ def test_the_largest_loss_is_what_to_change_first(
     assert words in advice["text"]
 
 
+@pytest.mark.parametrize(("sync", "hides"), [("flat", True), ("overlap", False), ("fixed", False)])
+def test_overlap_is_advised_where_it_can_be_had(sync: str, hides: bool) -> None:
+    [setup] = setups_of([(2, 0)], 64, ("strong",))
+    [result] = results_of([(setup, [two(ready=0.030, full=0.0301)])])
+    advice = advice_for(result | {"sync": sync, "gradient_bytes": 1320})
+    assert advice is not None
+    assert ("parallel.sync=overlap" in advice["text"]) == hides
+    assert "0.00132 MB" in advice["text"]
+
+
 def test_a_warm_up_is_found_where_it_ends() -> None:
     dice = random.Random(0)
     noise = [1 + 0.02 * dice.random() for _ in range(200)]
@@ -564,12 +575,13 @@ def test_a_slower_machine_is_no_slower_code() -> None:
 @pytest.mark.parametrize("change", [0.0, 0.5])
 def test_a_comparison_of_two_noisy_launches_has_nothing_to_tell(change: float) -> None:
     [single, _] = results_of(measured_setups())
-    old = report_of([times(single, 1.0) | {"relative_step_of_launches": [10.0, 13.0]}])
-    noisy = [10.0 * (1 + change), 13.0 * (1 + change)]
+    old = report_of([times(single, 1.0) | {"relative_step_of_launches": [10.0, 17.0]}])
+    noisy = [10.0 * (1 + change), 17.0 * (1 + change)]
     new = report_of([times(single, 1.0) | {"relative_step_of_launches": noisy}])
     lines = compare.compare(old, new)
     assert not lines[0]["changed"]
-    assert lines[0]["hidden"] > 1
+    assert lines[0]["hidden"] > 10
+    assert "of over 1,000%; both" in compare.as_text(lines, old, new)
     assert "nothing can be told, as noise hides changes" in compare.as_text(lines, old, new)
 
 
@@ -597,17 +609,19 @@ def test_another_job_is_told_when_reports_are_compared() -> None:
     old = report_of([times(single, 1.0) | {"threads": 2}])
     del old["setups"][0]["micro_batch_size"]
     changed = {"threads": 1, "precision": "bf16", "memory_format": "contiguous"}
-    changed["dataset"] = "synthetic"
+    changed |= {"dataset": "synthetic", "gradient_bytes": 8_000_000}
     changed["micro_batch_size"] = 32
     new = report_of([times(single, 1.0) | changed]) | {"experiment": "f"}
     [line] = compare.compare(old, new)
     formats = ["channels_last", "contiguous"]
     changes = {"precision": ["fp32", "bf16"], "memory_format": formats, "threads": [2, 1]}
-    changes["dataset"] = ["cifar10", "synthetic"]
+    changes |= {"dataset": ["cifar10", "synthetic"], "gradient_bytes": [4_000_000, 8_000_000]}
     assert line["differs"] == changes
     told = compare.as_text([line], old, new)
     assert "not the same experiment: e then, f now" in told
     assert "1 ranks, batch 64: not the same threads: 2 then, 1 now" in told
+    assert "nothing can be told, as the fixed net that both are divided by ran with another" in told
+    assert "beyond noise" not in told
     assert "not the same" not in compare.as_text(compare.compare(old, old), old, old)
 
 
@@ -618,6 +632,16 @@ def test_the_report_shows_every_part_and_curve() -> None:
     assert "not explained" in text
     assert "NVLink" in text
     assert "(a failure of each GPU in 50,000 hours; a save stalls 10.0 ms" in text
+
+
+def test_launches_that_have_little_in_common_are_told_to() -> None:
+    setups = results_of(measured_setups())
+    assert "***" not in as_text(report_of(setups))
+    setups[1]["step_sec"] = {"value": 0.0247, "low": 1e-7, "high": 3507.0}
+    text = as_text(report_of(setups))
+    assert "24.70 ± over 100%" in text
+    assert "*** the launches of 2 x 32 differ too much" in text
+    assert "*** the launches of 1 x 64" not in text
 
 
 def test_the_report_says_what_was_trained_on() -> None:
@@ -692,16 +716,19 @@ def test_the_measured_curves_have_an_ideal_and_intervals() -> None:
     assert curves_of(panels["shares"])["ideal"][1] == [1.0, 1.0], "100 % at every count"
 
 
-@pytest.mark.parametrize("rates", [(4000, 4400), (900, 1100), (3000, 24_000), (0.5, 1_000_000)])
-def test_images_a_second_are_written_in_full(rates: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("rates", "low"),
+    [((4000, 4400), 0.9), ((900, 1100), 1), ((3000, 24_000), 1), ((0.5, 1e6), 1), ((80, 90), 1e-6)],
+)
+def test_images_a_second_are_written_in_full(rates: tuple[float, float], low: float) -> None:
     setups = results_of(measured_setups())
     for result, rate in zip(setups, rates, strict=True):
-        result["images_per_sec"] = {"value": rate, "low": rate, "high": rate}
+        result["images_per_sec"] = {"value": rate, "low": low * rate, "high": rate / low}
     report = report_of(setups)
     figure = _figure(report)
     [axes] = [axes for axes in figure.axes if axes.get_label() == "rates"]
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    least, most = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if least <= tick <= most]
     labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
     assert len(ticks) >= 2
     assert [float(label.replace(",", "")) for label in labels] == pytest.approx(ticks)
@@ -864,6 +891,10 @@ def test_as_many_launches_are_made_as_fit_into_five_minutes(
         (["--repeats", "1"], "--repeats=1 must be 2 or more"),
         (["--compare", "README.md"], "README.md is no report of this benchmark"),
         (["--compare", "nowhere.json"], "nowhere.json is not there"),
+        (["--nproc", "\N{SUPERSCRIPT TWO}"], "must be numbers from 1 on"),
+        (["--json", "."], "--json=. is a folder"),
+        (["--json", "nowhere/a.json"], "there is no folder nowhere"),
+        (["--page", "/proc/a.html"], "--page=/proc/a.html: /proc: "),
         (["optim.lr=fast"], "optim.lr"),
     ],
 )
@@ -938,11 +969,75 @@ def test_a_work_dir_that_cannot_be_made_is_told(
     (tmp_path / "file").write_text("")
     words = ["--work-dir", str(tmp_path / "file" / "b"), "experiment=cifar10_tutorial"]
     assert main(["--nproc", "1", *words]) == 2
-    assert "cannot be made: Not a directory" in capsys.readouterr().err
+    assert "cannot hold the folder of a run: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_why_a_rank_failed_is_told(
+    count: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken_net.py").write_text(
+        "def net(num_classes):\n    raise RuntimeError('the net is broken')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
+    assert main(["--nproc", count, *words, "model.factory=broken_net:net"]) == 1
+    error = capsys.readouterr().err
+    assert f"{count} ranks with a batch of 256 failed" in error
+    assert "RuntimeError: the net is broken" in error
+    assert "broken_net.py" in error
+
+
+def test_no_file_of_a_benchmark_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_main, "launch", lambda *_, **__: one())
+    secret = "kept-from-all-others"
+    words = ["--nproc", "1", "--repeats", "2", f"+model.args.api_key={secret}"]
+    words += ["--json", str(tmp_path / "a.json"), "--page", str(tmp_path / "a.html")]
+    assert main([*words, "experiment=cifar10_tutorial"]) == 0
+    written = [tmp_path / "a.json", tmp_path / "a.html"]
+    for text in (*(path.read_text() for path in written), *capsys.readouterr()):
+        assert secret not in text
+    assert "api_key=[redacted]" in written[0].read_text()
+
+
+def test_a_file_that_cannot_be_written_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bench_main, "launch", lambda *_, **__: one())
+    monkeypatch.setattr(bench_main, "write_atomically", full)
+    words = ["--nproc", "1", "--repeats", "2", "experiment=cifar10_tutorial"]
+    words += ["--json", str(tmp_path / "a.json"), "--page", str(tmp_path / "a.html")]
+    assert main(words) == 1
+    assert "a.json could not be written: No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "a.html").is_file()
+
+
+def test_one_count_is_one_curve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_main, "launch", lambda *_, **__: one())
+    assert main(["--nproc", "1", "--repeats", "2", "experiment=cifar10_tutorial"]) == 0
+    said = capsys.readouterr().out
+    assert "strong scaling" in said
+    assert "weak scaling: " not in said
+    assert "here: no all-reduce was measured that one rank would need" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_benchmark_that_is_ended_leaves_nothing_behind(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """But for its folder, if it was killed."""
     command = [sys.executable, "-m", "dist_train.bench.main", "--nproc", "2"]
     command += ["--scaling", "strong", "--work-dir", str(tmp_path)]
     command += ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
@@ -964,8 +1059,16 @@ def test_a_benchmark_that_is_terminated_leaves_nothing_behind(tmp_path: Path) ->
     while len(ranks()) < 2:
         assert process.poll() is None, "it has ended by itself"
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    if number == signal.SIGKILL:
+        assert code == -number
+        end = time.monotonic() + 60
+        while ranks():
+            assert time.monotonic() < end, "its ranks go on"
+            time.sleep(0.1)
+        return
+    assert code == 128 + number
     assert ranks() == []
     assert list(tmp_path.iterdir()) == []
 
@@ -1205,7 +1308,7 @@ def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, An
         patch.setattr(worker, "product_rate", large)
         patch.setattr(worker, "_save_sec", with_phase("save", save))
         patch.setattr(worker, "flops_of_a_sample", with_phase("flops", flops))
-        spec = worker.Spec(out="", refusal="", seconds=0.1, number=0, begun=time.time())
+        spec = worker.Spec(folder="", seconds=0.1, number=0, begun=time.time())
         found = worker.measure(config, spec)
     assert found is not None
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1258,7 +1361,7 @@ def measured(config: Any, trouble: str) -> dict[str, Any] | None:
 
             patch.setattr(torch.nn.functional, "relu", slow_relu)
             patch.setattr(torch.nn.ReLU, "forward", lambda self, x: slow_relu(x))
-        spec = worker.Spec(out="", refusal="", seconds=0.5, number=0, begun=time.time())
+        spec = worker.Spec(folder="", seconds=0.5, number=0, begun=time.time())
         return worker.measure(config, spec)
 
 

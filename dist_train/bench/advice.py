@@ -109,13 +109,13 @@ def _all_reduce(result: dict[str, Any], sec: float) -> str:
     size = result["gradient_bytes"] / 1e6
     rate = result["gradient_bytes"] / max(sec, 1e-9) / 1e9
     cure = (
-        "a larger batch makes it rarer, and `dist-train doctor` measures the links"
-        if result["sync"] == "overlap"
-        else "parallel.sync=overlap hides it behind the backward, and a larger batch makes it rarer"
+        "parallel.sync=overlap hides it behind the backward, and a larger batch makes it rarer"
+        if result["sync"] == "flat"
+        else "a larger batch makes it rarer, and `dist-train doctor` measures the links"
     )
     return (
-        f"The sum of {size:.1f} MB of gradients over the ranks costs {_ms(sec)} that nothing hides "
-        f"({rate:.2f} GB/s): {cure}."
+        f"The sum of {size:.3g} MB of gradients over the ranks costs {_ms(sec)} that nothing hides "
+        f"({rate:.2g} GB/s): {cure}."
     )
 
 

@@ -18,7 +18,11 @@ OF_THE_JOB = (
     "sync",
     "micro_batch_size",
     "loader",
+    "flops_per_sample",
+    "gradient_bytes",
 )
+OF_THE_FIXED_NET = ("device", "threads")  # where they differ it tells nothing
+LARGEST = 2.4  # of the logarithm of a change: larger ones are told as "over 1,000 %"
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,16 +45,18 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
         machine, _ = _log_change(
             before["reference_sec_of_launches"], result["reference_sec_of_launches"]
         )
-        told = abs(change) > half and abs(math.expm1(change)) >= LEAST_CHANGE
+        strange = _differences(before, result, OF_THE_FIXED_NET)
+        told = not strange and abs(change) > half and abs(math.expm1(change)) >= LEAST_CHANGE
         lines.append(
             {
                 "num_ranks": result["num_ranks"],
                 "global_batch_size": result["global_batch_size"],
-                "change": math.expm1(change),
-                "low": math.expm1(change - half),
-                "high": math.expm1(change + half),
-                "hidden": max(LEAST_CHANGE, math.expm1(half)),  # a smaller one is not told
-                "machine": math.expm1(machine),
+                "change": _exp(change),
+                "low": _exp(change - half),
+                "high": _exp(change + half),
+                "hidden": max(LEAST_CHANGE, _exp(half)),  # a smaller one is not told
+                "machine": _exp(machine),
+                "incomparable": list(strange),
                 "changed": told,
                 "part": _part_that_changed(before, result, change) if told else None,
                 "differs": _differences(before, result, OF_THE_JOB),
@@ -65,13 +71,22 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
         return "nothing to compare: the two reports have no number of ranks and batch in common\n"
     told = [f"compared with {old['created']} ({old['command']}):"]
     of_all = _differences(old, new, ("experiment",))
-    of_all |= _differences(old["machine"], new["machine"], ("cpu", "device", "torch", "python"))
+    of_all |= _differences(
+        old["machine"], new["machine"], ("cpu", "cores", "device", "torch", "python")
+    )
     told += [f"  {_difference(what, of_all[what])}" for what in of_all]
     for line in lines:
         where = f"{line['num_ranks']} ranks, batch {line['global_batch_size']}"
-        span = f"{line['change']:+.1%} ({line['low']:+.1%} to {line['high']:+.1%})"
-        hour = f"; the machine itself {line['machine']:+.1%}" if abs(line["machine"]) > 0.01 else ""
+        span = f"{_percent(line['change'])} ({_percent(line['low'])} to {_percent(line['high'])})"
+        machine = line["machine"]
+        hour = f"; the machine itself {_percent(machine)}" if abs(machine) > 0.01 else ""
         told += [f"  {where}: {_difference(*item)}" for item in line["differs"].items()]
+        if line["incomparable"]:
+            told.append(
+                f"  {where}: nothing can be told, as the fixed net that both are divided by ran "
+                f"with another {' and another '.join(line['incomparable'])}"
+            )
+            continue
         if not line["changed"]:
             told.append(f"  {where}: {_unchanged(line['hidden'])}: {span}{hour}")
             continue
@@ -82,12 +97,21 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
 
 
 def _unchanged(hidden: float) -> str:
-    if hidden > BLUNT:
-        return (
-            f"nothing can be told, as noise hides changes of the step time of up to {hidden:.0%}; "
-            "both reports need more launches (--repeats) on an idle machine"
-        )
-    return f"no change of the step time beyond noise, which would hide one of {hidden:.1%}"
+    if hidden <= BLUNT:
+        return f"no change of the step time beyond noise, which would hide one of {hidden:.1%}"
+    most = f"up to {hidden:.0%}" if hidden < math.expm1(LARGEST) else "over 1,000%"
+    return (
+        f"nothing can be told, as noise hides changes of the step time of {most}; both reports "
+        "need more launches (--repeats) on an idle machine"
+    )
+
+
+def _exp(log: float) -> float:
+    return math.expm1(max(-LARGEST, min(LARGEST, log)))
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}" if share < math.expm1(LARGEST) else "over +1,000%"
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:

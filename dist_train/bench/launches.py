@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_train.config import Config, ConfigError
-from dist_train.config.arguments import words_of
+from dist_train.config.arguments import stop_with_parent, words_of
 from dist_train.config.overrides import quoted
 
 Scaling = Literal["strong", "weak"]
 WORKER = "dist_train.bench.worker"
 LIMIT_SEC = 900.0  # beyond the time asked for
 SHOWN_LINES = 25
+MEASURED, REFUSAL, FAILURE = "measured.json", "refusal.txt", "failure.txt"  # written by a rank
 # What would only disturb: a run that never ends, and touches its folder as little as it can.
 FIXED = (
     "train.epochs=null",
@@ -117,15 +119,14 @@ def launch(
         number: of the launch among those of its setup.
 
     Raises:
-        ConfigError: a rank refuses the configuration, which cannot be known without its device.
+        ConfigError: a rank refuses the configuration, which cannot be known without its device;
+            or there is no place for the run's folder.
         LaunchFailedError: with the end of what they said.
     """
-    work_dir = options.work_dir.absolute() if options.work_dir is not None else None
-    folder = Path(tempfile.mkdtemp(prefix="dist-train-bench-", dir=work_dir))
+    folder = _make_folder(options.work_dir)
     try:
         spec = {
-            "out": str(folder / "measured.json"),
-            "refusal": str(folder / "refusal.txt"),
+            "folder": str(folder),
             "seconds": options.seconds,
             "number": number,
             "begun": time.time(),
@@ -141,18 +142,33 @@ def launch(
                 code = None
             output.seek(0)
             said = output.read().splitlines()
-        if (folder / "refusal.txt").is_file():
-            raise ConfigError((folder / "refusal.txt").read_text())
-        if code != 0 or not (folder / "measured.json").is_file():
+        if (folder / REFUSAL).is_file():
+            raise ConfigError((folder / REFUSAL).read_text())
+        if code != 0 or not (folder / MEASURED).is_file():
+            if (folder / FAILURE).is_file():  # torchrun's own words would hide it
+                said = (folder / FAILURE).read_text().splitlines()
             raise LaunchFailedError(
                 f"{setup.num_ranks} ranks with a batch of {setup.global_batch_size} "
                 + ("did not come to an end" if code is None else f"failed (exit code {code})")
                 + "; they said last:\n"
                 + "\n".join(said[-SHOWN_LINES:])
             )
-        return json.loads((folder / "measured.json").read_text())
+        return json.loads((folder / MEASURED).read_text())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder(work_dir: Path | None) -> Path:
+    try:
+        if work_dir is not None:
+            work_dir = work_dir.absolute()
+            work_dir.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="dist-train-bench-", dir=work_dir))
+    except OSError as error:
+        where = work_dir or tempfile.gettempdir()
+        raise ConfigError(
+            f"{where} cannot hold the folder of a run: {error.strerror}; give --work-dir=DIR"
+        ) from error
 
 
 class LaunchFailedError(RuntimeError):
@@ -174,15 +190,26 @@ def _starter(setup: Setup) -> list[str]:
 
 def _run(command: list[str], environment: dict[str, str], output: Any, limit_sec: float) -> int:
     process = subprocess.Popen(
-        command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=stop_with_parent,
     )
     try:
         return process.wait(timeout=limit_sec)
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+        try:
+            _signal(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        finally:  # also if the user is impatient
+            _signal(process, signal.SIGKILL)
         raise
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Send it to all processes of the launch."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -3,7 +3,8 @@
     dist-train bench --nproc 1,2,4,8 experiment=cifar10_resnet9      this machine
     salloc --nodes=4 ... dist-train bench --nodes 1,2,4 ...          in an allocation of SLURM
 
-Exit code: 0 measured, 1 a launch failed, 2 the user's mistake.
+Exit code: 0 measured, 1 a launch failed or a file was not written, 2 the user's mistake; 128 and
+the number of a signal that ended it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from dist_train.bench.scale import predictions
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
 from dist_train.config.check import check_world
+from dist_train.config.redact import redact, redact_words
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.run_folder import cpu_name
 
@@ -38,10 +41,11 @@ SECONDS = 6.0
 LEAST_REPEATS, MOST_REPEATS = 4, 8  # launches of each setup: as many as fit into
 TOGETHER_SEC = 285.0
 MOST_CPU_RANKS = 2
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: list[str]) -> int:
-    """Run `dist-train bench`; returns 0 measured, 1 a launch failed, 2 the user's mistake."""
+    """Run `dist-train bench`; returns the exit code."""
     try:
         options = _parse(argv)
         request = compose_request(options)
@@ -53,6 +57,8 @@ def main(argv: list[str]) -> int:
         scalings: tuple[Scaling, ...] = (
             ("strong", "weak") if options.scaling == "both" else (options.scaling,)
         )
+        if len(counts) == 1:
+            scalings = scalings[:1]  # both are the same then
         for ranks, _ in counts:
             check_world(config, ranks)
         setups = setups_of(counts, config.train.global_batch_size, scalings)
@@ -62,31 +68,45 @@ def main(argv: list[str]) -> int:
     if request.dry_run:
         sys.stdout.write(_planned(setups, options))
         return 0
+    old = None if options.compare is None else read_json(options.compare)
     try:
-        _make(options.work_dir)
-        with _ended_by_sigterm():
+        with _ended_by_signals():
             measured = _measure(setups, options, config)
     except ConfigError as mistake:
         print_error(str(mistake))
         return 2
     except LaunchFailedError as failure:
-        print_error(str(failure).splitlines()[0])
-        sys.stderr.write("\n".join(str(failure).splitlines()[1:]) + "\n")
+        first, *more = redact(str(failure)).splitlines()
+        print_error(first)
+        sys.stderr.write("\n".join(more) + "\n")
         return 1
     report = _report(measured, options, config.experiment, argv)
     sys.stdout.write(as_text(report))
-    if options.compare is not None:
-        old = read_json(options.compare)
+    if old is not None:
         lines = compare.compare(old, report)
         report["compared"] = lines
         sys.stdout.write(compare.as_text(lines, old, report))
-    if options.json is not None:
-        write_atomically(options.json, json.dumps(report, indent=1))
-        sys.stdout.write(f"written: {options.json}\n")
-    if options.page is not None:
-        for path in write_page(report, options.page):
-            sys.stdout.write(f"written: {path}\n")
-    return 0
+    return _write(report, options)
+
+
+def _write(report: dict[str, Any], options: argparse.Namespace) -> int:
+    """Write the files that were asked for; returns 1 if one could not be."""
+    code = 0
+    for path, write in ((options.json, _write_json), (options.page, write_page)):
+        if path is None:
+            continue
+        try:
+            for written in write(report, path):
+                sys.stdout.write(f"written: {written}\n")
+        except OSError as error:  # that it could be was asked before all was measured
+            print_error(f"{path} could not be written: {error.strerror}")
+            code = 1
+    return code
+
+
+def _write_json(report: dict[str, Any], path: Path) -> list[Path]:
+    write_atomically(path, json.dumps(report, indent=1))
+    return [path]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -123,8 +143,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not 0.5 <= options.seconds <= 600:
         raise ConfigError(f"--seconds={options.seconds} must be from 0.5 to 600")
     for option, path in (("--json", options.json), ("--page", options.page)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{option}={path}: there is no folder {path.parent}")
+        if path is not None:
+            _check_place(option, path)
     if options.page is not None:
         check_matplotlib()
         if options.page.suffix != ".html":
@@ -136,13 +156,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _make(work_dir: Path | None) -> None:
-    if work_dir is None:
-        return
+def _check_place(option: str, path: Path) -> None:
+    """Raise ConfigError if no file can be put there."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}={path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{option}={path} is a folder: name a file in it")
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
-        raise ConfigError(f"--work-dir={work_dir} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"{option}={path}: {path.parent}: {error.strerror}") from error
 
 
 def _check_report(path: Path) -> None:
@@ -185,7 +209,7 @@ def _counts(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 def _numbers(text: str, option: str) -> list[int]:
     words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"{option}={text} must be numbers from 1 on, with commas: 1,2,4")
     return sorted({int(word) for word in words})
 
@@ -203,17 +227,18 @@ def _planned(setups: list[Setup], options: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the launch that runs and remove its folder, as an interrupt does."""
+def _ended_by_signals() -> Iterator[None]:
+    """Let a signal end the launch that runs and remove its folder."""
 
-    def end(*_: Any) -> None:
-        sys.exit(128 + signal.SIGTERM)
+    def end(number: int, _: Any) -> None:
+        sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _measure(
@@ -259,7 +284,7 @@ def _report(
     return {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(["dist-train", "bench", *argv]),
+        "command": shlex.join(["dist-train", "bench", *redact_words(argv)]),
         "experiment": experiment,
         "repeats": len(measured[0][1]),
         "seconds": options.seconds,

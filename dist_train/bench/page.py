@@ -38,7 +38,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "--page needs matplotlib, which is not installed: pip install 'dist-train[bench]'"
+            "--page needs matplotlib, which is not installed: pip install matplotlib"
         ) from None
 
 
@@ -113,8 +113,13 @@ def _label_in_full(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axes.get_ylim()
-    wide = high > 5 * low  # so that 1, 2, 5 times powers of ten are two ticks at least
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
+    if high > 1000 * low:
+        locator = LogLocator()
+    elif high > 5 * low:  # so that 1, 2, 5 times powers of ten are two ticks at least
+        locator = LogLocator(subs=(1, 2, 5))
+    else:
+        locator = MaxNLocator(5)
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 

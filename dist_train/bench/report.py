@@ -4,6 +4,8 @@ from typing import Any
 
 from dist_train.bench.breakdown import MEANS, PARTS, losses_of
 
+NOISY = 0.2  # half of the interval of a step, as a share: nothing that is built on it is known
+
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the whole report as text."""
@@ -23,10 +25,19 @@ def as_text(report: dict[str, Any]) -> str:
         if curve:
             lines += [f"{scaling} scaling: {title}", *_curve(curve, scaling), ""]
     lines += [_peaks(report["setups"]), ""]
-    lines += ["where the time of a step goes, ms (share)", *_breakdown(report["setups"]), ""]
+    noisy = [r for r in report["setups"] if _doubt(r["step_sec"]) > NOISY]
+    for r in noisy:
+        lines += [
+            f"*** the launches of {r['num_ranks']} x {r['batch_size']} differ too much for what "
+            "follows to be trusted: repeat on an idle machine, or with --repeats ***",
+            "",
+        ]
+    if any(r["parts_sec"] is not None for r in report["setups"]):
+        lines += ["where the time of a step goes, ms (share)", *_breakdown(report["setups"]), ""]
     lines += _losses(report["setups"])
     if report["scale"] is not None:
-        lines += [*_scale(report["scale"]), ""]
+        alone = all(r["num_ranks"] == 1 for r in report["setups"])
+        lines += [*_scale(report["scale"], alone=alone), ""]
     unsteady = [r["num_ranks"] for r in report["setups"] if not r["steady"]]
     if unsteady:
         lines += [f"not steady within the time to warm up: {unsteady} ranks", ""]
@@ -102,8 +113,13 @@ def _peaks(setups: list[dict[str, Any]]) -> str:
     return f"MFU: of {rate} TFLOP/s a rank ({setups[0]['peak_source']})"
 
 
-def _scale(scale: dict[str, Any]) -> list[str]:
-    """Return the model of scale: its error here, and its efficiencies elsewhere."""
+def _scale(scale: dict[str, Any], *, alone: bool) -> list[str]:
+    """Return the model of scale: its error here, and its efficiencies elsewhere.
+
+    Args:
+        scale: of the report.
+        alone: no setup has more than one rank.
+    """
     lines = ["predicted by the model of scale (weak scaling; see its error here):"]
     lines += [
         f"  here, {c['num_ranks']} x {c['batch_size']}: {1000 * c['predicted_sec']:.2f} ms, "
@@ -113,7 +129,8 @@ def _scale(scale: dict[str, Any]) -> list[str]:
         for c in scale["checked"]
     ]
     if not scale["checked"]:
-        lines.append("  here: no all-reduce was measured that takes longer the larger it is")
+        why = "takes longer the larger it is" if not alone else "one rank would need"
+        lines.append(f"  here: no all-reduce was measured that {why}")
     counts = [count for count, _ in scale["networks"][0]["efficiency"]]
     head = ("efficiency of this step on ranks:", *(f"{count:,}" for count in counts))
     rows = [
@@ -149,7 +166,17 @@ def _with_half(estimate: dict[str, float | None], factor: float, digits: int) ->
     text = f"{factor * value:,.{digits}f}"
     if low is None or high is None or high == low:
         return text
+    if _doubt(estimate) > 1:
+        return f"{text} ± over 100%"
     return f"{text} ± {factor * (high - low) / 2:,.{digits}f}"
+
+
+def _doubt(estimate: dict[str, float | None]) -> float:
+    """Return half of the interval as a share of the value; 0: not known."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None or low is None or high is None:
+        return 0.0
+    return (high - low) / 2 / value
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,7 +1,7 @@
 """From launches to the numbers of the report: a plain dictionary, of the schema that SCHEMA names.
 
-    schema, created, command, experiment, threads, repeats, seconds
-    machine         host, cpu, device, torch, python
+    schema, created, command, experiment, repeats, seconds
+    machine         host, cpu, cores, device, torch, python
     setups          one for each number of ranks and batch:
         num_ranks, num_nodes, global_batch_size, batch_size (of rank 0), scalings
         step_sec, images_per_sec        {value, low, high}: 95 % intervals over the launches
@@ -22,7 +22,7 @@
         reference_sec_of_launches       a fixed small net's step: how fast the machine was
         relative_step_of_launches       a step by that of the fixed net beside it
         precision, memory_format, sync, all_reduce, gradient_bytes, gradient_times,
-        micro_batch_size, threads, loader (memory or workers)
+        micro_batch_size, threads, loader (memory or workers), dataset, notice
     advice          text, part, gain (share of the step's time)
     scale           checked: the model of scale against what was measured; networks: what it says;
                     goodput: the useful share of the time with failures, and what it assumes

@@ -188,6 +188,7 @@ class Steps:
             clock.mark()
             for param in replica.params:
                 param.grad = None
+        clock.mark()
         times = clock.take()
         each = 2 * len(pieces) + 2  # the last one is from the end of a step to the next
         self.phases, found = [], []

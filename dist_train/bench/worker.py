@@ -1,8 +1,9 @@
-"""One rank of one launch of the benchmark: `torchrun ... -m dist_train.bench.worker SPEC`.
+"""One rank of one launch of the benchmark: `torchrun ... -m dist_train.bench.worker --spec SPEC`.
 
-Rank 0 writes what all ranks measured into the file that the specification names.
+Rank 0 writes what all ranks measured into the folder that the specification names.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import resource
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_train.bench.clock import clock_for
+from dist_train.bench.launches import FAILURE, MEASURED, REFUSAL
 from dist_train.bench.machine_speed import (
     Reference,
     data_sheet_peak,
@@ -35,7 +38,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request
 from dist_train.config.whole_file import write_atomically
 from dist_train.data.loaders import open_data
-from dist_train.distributed import Ranks, shorten_timeouts, start_ranks
+from dist_train.distributed import RankFailedError, Ranks, shorten_timeouts, start_ranks
 from dist_train.plan import make_plan
 from dist_train.progress import Progress
 from dist_train.start import (
@@ -62,31 +65,43 @@ LONG_SEC = 0.5  # once an all-reduce takes so long, larger ones are left out
 class Spec:
     """What a launch is to do; written by dist_train.bench.launches."""
 
-    out: str  # a file
-    refusal: str  # a file for what is wrong with the configuration, if that is all
+    folder: str  # for the files that dist_train.bench.launches names
     seconds: float  # of measuring, after the warm-up
     number: int  # of the launch among those of its setup: seed of the order of the ways
     begun: float  # time.time() when the launch was begun
 
 
 def main() -> None:
-    """Measure; a failure is the launcher's to tell.
+    """Measure; what goes wrong is the launcher's to tell, from a file.
 
     Raises:
-        SystemExit: with 2, the configuration is refused, and a file says why.
+        SystemExit: with 2, the configuration is refused.
     """
     parser = Parser(prog="dist_train.bench.worker")
     parser.add_argument("--spec", required=True)
     add_run_options(parser)
     options = parser.parse_intermixed_args(sys.argv[1:])
     spec = Spec(**json.loads(options.spec))
+    folder = Path(spec.folder)
     try:
         found = measure(compose_request(options).config, spec)
     except ConfigError as mistake:
-        write_atomically(Path(spec.refusal), str(mistake))
+        write_atomically(folder / REFUSAL, str(mistake))
         raise SystemExit(2) from None
+    except Exception as error:
+        _tell_first(folder / FAILURE, error)
+        raise
     if found is not None:
-        Path(spec.out).write_text(json.dumps(found))
+        (folder / MEASURED).write_text(json.dumps(found))
+
+
+def _tell_first(path: Path, error: Exception) -> None:
+    """Write the traceback, unless another rank did: what follows there is a consequence."""
+    if isinstance(error, RankFailedError):
+        return
+    lines = [f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}:\n"]
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write("".join(lines + traceback.format_exception(error)))
 
 
 def leave() -> None:
@@ -167,7 +182,7 @@ def _rounds(
     references: list[list[float]] = []
     products = []
     reference, dice = Reference(ranks.device), random.Random(spec.number)
-    pieces = pieces_of_block(length, workers="ready" in steps.ways)
+    pieces = pieces_of_block(length, workers=steps.loader == "workers")
     length -= length % pieces
     end = time.monotonic() + spec.seconds
     for number in range(1_000_000):
