@@ -619,8 +619,8 @@ def test_another_job_is_told_when_reports_are_compared() -> None:
     assert line["differs"] == changes
     told = compare.as_text([line], old, new)
     assert "not the same experiment: e then, f now" in told
-    assert "1 ranks, batch 64: not the same threads: 2 then, 1 now" in told
-    assert "nothing can be told, as the fixed net that both are divided by ran with another" in told
+    assert "1 rank, batch 64: not the same threads: 2 then, 1 now" in told
+    assert "nothing can be told: the fixed net that both are divided by ran with another" in told
     assert "beyond noise" not in told
     assert "not the same" not in compare.as_text(compare.compare(old, old), old, old)
 
@@ -987,7 +987,7 @@ def test_why_a_rank_failed_is_told(
     words = ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
     assert main(["--nproc", count, *words, "model.factory=broken_net:net"]) == 1
     error = capsys.readouterr().err
-    assert f"{count} ranks with a batch of 256 failed" in error
+    assert f"the launch of {count} x {256 // int(count)} failed" in error
     assert "RuntimeError: the net is broken" in error
     assert "broken_net.py" in error
 

@@ -21,7 +21,7 @@ OF_THE_JOB = (
     "flops_per_sample",
     "gradient_bytes",
 )
-OF_THE_FIXED_NET = ("device", "threads")  # where they differ it tells nothing
+OF_THE_FIXED_NET = {"device": "on another device", "threads": "with another number of threads"}
 LARGEST = 2.4  # of the logarithm of a change: larger ones are told as "over 1,000 %"
 
 
@@ -45,7 +45,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
         machine, _ = _log_change(
             before["reference_sec_of_launches"], result["reference_sec_of_launches"]
         )
-        strange = _differences(before, result, OF_THE_FIXED_NET)
+        strange = _differences(before, result, tuple(OF_THE_FIXED_NET))
         told = not strange and abs(change) > half and abs(math.expm1(change)) >= LEAST_CHANGE
         lines.append(
             {
@@ -76,15 +76,17 @@ def as_text(lines: list[dict[str, Any]], old: dict[str, Any], new: dict[str, Any
     )
     told += [f"  {_difference(what, of_all[what])}" for what in of_all]
     for line in lines:
-        where = f"{line['num_ranks']} ranks, batch {line['global_batch_size']}"
+        ranks = "1 rank" if line["num_ranks"] == 1 else f"{line['num_ranks']} ranks"
+        where = f"{ranks}, batch {line['global_batch_size']}"
         span = f"{_percent(line['change'])} ({_percent(line['low'])} to {_percent(line['high'])})"
         machine = line["machine"]
         hour = f"; the machine itself {_percent(machine)}" if abs(machine) > 0.01 else ""
         told += [f"  {where}: {_difference(*item)}" for item in line["differs"].items()]
         if line["incomparable"]:
+            other = " and ".join(OF_THE_FIXED_NET[name] for name in line["incomparable"])
             told.append(
-                f"  {where}: nothing can be told, as the fixed net that both are divided by ran "
-                f"with another {' and another '.join(line['incomparable'])}"
+                f"  {where}: nothing can be told: the fixed net that both are divided by "
+                f"ran {other}"
             )
             continue
         if not line["changed"]:

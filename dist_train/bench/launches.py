@@ -148,7 +148,7 @@ def launch(
             if (folder / FAILURE).is_file():  # torchrun's own words would hide it
                 said = (folder / FAILURE).read_text().splitlines()
             raise LaunchFailedError(
-                f"{setup.num_ranks} ranks with a batch of {setup.global_batch_size} "
+                f"the launch of {setup.num_ranks} x {setup.global_batch_size // setup.num_ranks} "
                 + ("did not come to an end" if code is None else f"failed (exit code {code})")
                 + "; they said last:\n"
                 + "\n".join(said[-SHOWN_LINES:])
