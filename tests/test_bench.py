@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.bench import compare, worker
+from dist_train.bench import compare, once, worker
 from dist_train.bench import main as bench_main
 from dist_train.bench.advice import advice_for
 from dist_train.bench.breakdown import (
@@ -39,6 +39,7 @@ from dist_train.bench.intervals import geometric_mean_of, mean_of
 from dist_train.bench.launches import FIXED, Setup, settings_of, setups_of
 from dist_train.bench.machine_speed import peak_of
 from dist_train.bench.main import main
+from dist_train.bench.once import memory_format_of
 from dist_train.bench.page import _bars, _figure, write_page
 from dist_train.bench.report import as_text
 from dist_train.bench.results import SCHEMA, results_of
@@ -817,7 +818,7 @@ def test_the_report_says_how_weights_lie(form: torch.memory_format) -> None:
     name = str(form).removeprefix("torch.").removesuffix("_format")
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
     net.to(memory_format=form)
-    assert worker._memory_format(net) == name
+    assert memory_format_of(net) == name
     results = [result | {"memory_format": name} for result in results_of(measured_setups())]
     assert f"fp32, {name};" in as_text(report_of(results))
 
@@ -1281,8 +1282,8 @@ def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, An
     """Measure with a benchmark that takes memory itself; notes the phases of what comes last."""
     phases: dict[str, str] = {}
     kept: list[torch.Tensor] = []
-    save, product = worker._save_sec, worker.product_rate
-    flops = worker.flops_of_a_sample
+    save, product = once._save_sec, worker.product_rate
+    flops = once.flops_of_a_sample
 
     with pytest.MonkeyPatch.context() as patch:
         pulses: list[Any] = []
@@ -1306,8 +1307,8 @@ def measured_with_matrices(config: Config, own_bytes: int) -> tuple[dict[str, An
 
         patch.setattr(worker, "build_parts", build)
         patch.setattr(worker, "product_rate", large)
-        patch.setattr(worker, "_save_sec", with_phase("save", save))
-        patch.setattr(worker, "flops_of_a_sample", with_phase("flops", flops))
+        patch.setattr(once, "_save_sec", with_phase("save", save))
+        patch.setattr(once, "flops_of_a_sample", with_phase("flops", flops))
         spec = worker.Spec(folder="", seconds=0.1, number=0, begun=time.time())
         found = worker.measure(config, spec)
     assert found is not None

@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from dist_train.bench.clock import clock_for
 from dist_train.bench.launches import FAILURE, MEASURED, REFUSAL
 from dist_train.bench.machine_speed import (
     Reference,
-    data_sheet_peak,
-    flops_of_a_sample,
     product_rate,
 )
+from dist_train.bench.once import measure_once
 from dist_train.bench.steady import warm_up_length
 from dist_train.bench.ways import Steps
-from dist_train.build import as_written
-from dist_train.checkpoint import HostBuffers
 from dist_train.claim import open_run
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request
@@ -40,14 +34,12 @@ from dist_train.config.whole_file import write_atomically
 from dist_train.data.loaders import open_data
 from dist_train.distributed import RankFailedError, Ranks, shorten_timeouts, start_ranks
 from dist_train.plan import make_plan
-from dist_train.progress import Progress
 from dist_train.start import (
     build_parts,
     find_micro_batch_size,
     start_left_out_of_collections,
     throw_away_step,
 )
-from dist_train.state import Parts, capture
 from dist_train.watchdog import watch
 
 BLOCK_SEC = 0.15  # short: the machine's speed is much the same for all blocks of a round
@@ -56,9 +48,6 @@ PIECES = 3  # of a full block, with the reference beside each
 LEAD = 1  # steps before each block, which bring ranks in step with each other and fill the caches
 WARM_LEAST_SEC, WARM_MOST_SEC = 1.5, 60.0
 LEAST_ROUNDS = 4
-REDUCED = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
-REDUCE_SEC = 0.15  # spent on one size
-LONG_SEC = 0.5  # once an all-reduce takes so long, larger ones are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +123,7 @@ def measure(config: Config, spec: Spec) -> dict[str, Any] | None:
                 mine |= _warm_up(steps, ranks)
                 mine["memory_bytes"] = _peak_memory(ranks.device)  # before this file takes its own
                 mine |= _rounds(steps, ranks, mine["step_sec"], spec, parts.precision)
-                mine |= _once(steps, parts, ranks, count_flops=spec.number == 0)
+                mine |= measure_once(steps, parts, ranks, count_flops=spec.number == 0)
                 mine |= {"dataset": data.name, "notice": data.notice}
         parts.replica.close()
         everyone = ranks.gather(mine)
@@ -239,94 +228,11 @@ def _full_block(
     return times, waits, [(before + after) / 2 for before, after in itertools.pairwise(marks)]
 
 
-def _once(steps: Steps, parts: Parts, ranks: Ranks, *, count_flops: bool) -> dict[str, Any]:
-    """Measure what need not be repeated in turns. Collective."""
-    device, pulse = ranks.device, ranks.pulse
-    flops = None
-    if count_flops:  # for this torch imports as much again as for all else
-        pulse.enter("start")  # torch counts in Python: it may take as long as that
-        with as_written(parts.config):
-            flops = flops_of_a_sample(parts.replica.module, steps.batch, parts.precision)
-    peak = data_sheet_peak(device, parts.precision)
-    pulse.enter("checkpoint")
-    ranks.barrier()
-    save_sec = _save_sec(parts) if ranks.rank == 0 else 0.0  # no other rank saves
-    ranks.barrier()
-    pulse.enter("backward")
-    gradient_times = steps.gradient_times()
-    pulse.enter("all-reduce")
-    return {
-        "save_sec": save_sec,
-        "flops_per_sample": flops,
-        "peak_flops_per_sec": None if peak is None else peak[0],
-        "peak_of": None if peak is None else peak[1],
-        "batch_size": len(steps.batch),
-        "global_batch_size": steps.batch.global_size,
-        "loader": steps.loader,
-        "micro_batch_size": parts.recovery.micro_batch_size,
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in parts.replica.params),
-        "gradient_times": gradient_times,
-        "all_reduce": _all_reduces(ranks),
-        "threads": torch.get_num_threads(),
-        "cores": sorted(os.sched_getaffinity(0)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "sync": parts.replica.form,
-        "precision": parts.precision,
-        "memory_format": _memory_format(parts.replica.module),
-    }
-
-
-def _memory_format(module: nn.Module) -> str:
-    """Return how the weights of convolutions lie; some (1 x 1) lie both ways and say nothing."""
-    wide = any(
-        param.ndim == 4
-        and not param.is_contiguous()
-        and param.is_contiguous(memory_format=torch.channels_last)
-        for param in module.parameters()
-    )
-    return "channels_last" if wide else "contiguous"
-
-
 def _peak_memory(device: torch.device) -> float:
     """Return the most bytes so far: of the GPU's tensors, on a CPU of the whole process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _save_sec(parts: Parts) -> float:
-    """Return how long a step waits when the state is copied for a save: the second of two."""
-    buffers, sec = HostBuffers(), 0.0
-    for _ in range(2):  # the first takes its memory
-        begun = time.perf_counter()
-        buffers.copy(capture(parts, Progress(), None, {}))
-        sec = time.perf_counter() - begun
-    return sec
-
-
-def _all_reduces(ranks: Ranks) -> list[tuple[int, float]]:
-    """Return (bytes, seconds) of all-reduces of growing size: the median of each. Collective."""
-    found: list[tuple[int, float]] = []
-    if ranks.control is None:
-        return found
-    clock = clock_for(ranks.device)
-    for size in REDUCED:
-        tensor = torch.zeros(max(1, size // 4), device=ranks.device)
-        times: list[float] = []
-        begun = time.monotonic()
-        while True:
-            ranks.barrier()
-            clock.mark()
-            dist.all_reduce(tensor)
-            clock.mark()
-            times += clock.take()
-            done = len(times) >= 5 and time.monotonic() - begun > REDUCE_SEC
-            if ranks.any(done):
-                break
-        found.append((size, sorted(times)[len(times) // 2]))
-        if ranks.any(found[-1][1] > LONG_SEC):
-            break
-    return found
 
 
 if __name__ == "__main__":
