@@ -11,8 +11,9 @@ from dist_train.chain import begin
 from dist_train.chain_status import earlier_end, has_ended
 from dist_train.checkpoint_folder import list_checkpoints, newest_step
 from dist_train.config import Config, ConfigError
-from dist_train.config.identity import check_same_run, length_of, run_dir_of
+from dist_train.config.identity import as_begun, length_of, run_dir_of
 from dist_train.config.redact import learn
+from dist_train.config.typed import flatten
 from dist_train.config.whole_file import read_json
 from dist_train.distributed import Ranks
 from dist_train.endings import end_failed, end_unstarted
@@ -37,6 +38,7 @@ class Claim:
     finished: dict[str, Any] | None = None  # the summary of a run that is over
     ended: tuple[str, int] | None = None  # this chain ended for good: reason, exit code
     micro_batch_size: int | None = None  # that this chain remembers
+    config: Config | None = None  # what the command means for this run, if it goes on
 
 
 @contextlib.contextmanager
@@ -57,6 +59,7 @@ def open_run(config: Config, ranks: Ranks) -> Iterator[Run]:
             ended = EarlierFailureError(claim.ended[0])
             ended.exit_code = claim.ended[1]
             raise ended
+        run.config = claim.config or run.config
         run.finished = claim.finished
         run.chain = ChainNotes(run.path, ranks, claim.micro_batch_size)
         with stack_on_crash(run.path, ranks):
@@ -93,7 +96,8 @@ def _claim(run: Run) -> Claim:
     restarted = ranks.attempt > 0 and status.get("chain") == ranks.chain
     saved = folder.saved_config()
     if saved is not None and list_checkpoints(folder.checkpoints):
-        check_same_run(config, saved, folder.path)
+        config = as_begun(config, saved, folder.path)
+        _tell_what_is_kept(run, config)
         if config.resume == "never" and not restarted:
             raise ConfigError(
                 f"resume=never, but {folder.path} holds checkpoints: choose another run_dir, or "
@@ -116,6 +120,15 @@ def _claim(run: Run) -> Claim:
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
     run.earlier = folder.note_earlier_attempt()  # before status.json is written anew
     return _begin(run, status)
+
+
+def _tell_what_is_kept(run: Run, config: Config) -> None:
+    """Say which settings are those of the version that began this run, and take them."""
+    given, kept = flatten(run.config), flatten(config)
+    told = ", ".join(f"{key}={kept[key]}" for key in kept if kept[key] != given[key])
+    if told:
+        run.say(f"an earlier version began this run, and it goes on as it was begun: {told}")
+    run.config = config
 
 
 def _is_more_patient(config: Config, saved: Config) -> bool:
@@ -149,7 +162,7 @@ def _begin(run: Run, status: dict[str, Any]) -> Claim:
         end = time.monotonic() + wait
         while time.monotonic() < end and stop_reason() is None:
             time.sleep(0.05)
-    return Claim(micro_batch_size=beginning.micro_batch_size)
+    return Claim(micro_batch_size=beginning.micro_batch_size, config=run.config)
 
 
 def _reason_of(status: dict[str, Any], ranks: Ranks) -> str | None:

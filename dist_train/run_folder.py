@@ -20,8 +20,10 @@ from typing import IO, Any, Literal
 import torch
 
 from dist_train import __version__
+from dist_train.checkpoint_folder import list_checkpoints
 from dist_train.config import Config, ConfigError
 from dist_train.config.compose import compose, to_yaml
+from dist_train.config.earlier import BEGUN_WITHOUT, keys_missing
 from dist_train.config.redact import redact, redact_words
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.distributed import Ranks
@@ -125,10 +127,13 @@ class RunFolder:
 
     def write_start(self, config: Config) -> None:
         """Write config.yaml and environment.json: what runs, with what, where."""
-        if self._writes:
-            write_atomically(self.path / "config.yaml", to_yaml(config))
-            text = json.dumps(_environment(self._ranks), indent=1)
-            write_atomically(self.path / "environment.json", text)
+        if not self._writes:
+            return
+        environment = _environment(self._ranks)
+        if list_checkpoints(self.checkpoints) and (missing := keys_missing(self.path)):
+            environment[BEGUN_WITHOUT] = list(missing)  # before config.yaml names them
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=1))
+        write_atomically(self.path / "config.yaml", to_yaml(config))
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json, or an empty record."""

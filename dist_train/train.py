@@ -49,6 +49,7 @@ def train(config: Config) -> dict[str, Any]:
         run = stack.enter_context(open_run(config, ranks))
         if run.finished is not None:
             return run.finished
+        config = run.config  # of the version that began it
         pulse = stack.enter_context(watch(config, ranks, run.path, run.warn))
 
         data = open_data(config, ranks, say=run.say)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dist_train.config.check import check
+from dist_train.config.earlier import filled
 from dist_train.config.overrides import parse_override, quoted
 from dist_train.config.redact import learn, mask, redact
 from dist_train.config.schema import Config, ConfigError
@@ -143,7 +144,7 @@ def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, A
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"--config {config_file} is no mapping of settings")
     values: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment] # a mapping
-    return {"defaults": [SCHEMA, "_self_"], **values}
+    return {"defaults": [SCHEMA, "_self_"], **filled(values)}
 
 
 def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -> Override:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from dist_train.config.earlier import LATER, former_meanings, keys_missing, later_defaults
 from dist_train.config.redact import mask, redact
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import flatten, plain
@@ -59,9 +60,13 @@ def is_free(key: str) -> bool:
 
 
 def config_hash(config: Config) -> str:
-    """Return 8 hex digits over every setting that changes the result."""
-    text = json.dumps(hashed_settings(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Return 8 hex digits over every setting that changes the result.
+
+    A setting that is newer than the first runs counts only where it is not at its default.
+    """
+    later = later_defaults()
+    settings = hashed_settings(config)
+    return _digest({k: v for k, v in settings.items() if k not in later or v != plain(later[k])})
 
 
 def full_hash(config: Config) -> str:
@@ -71,22 +76,63 @@ def full_hash(config: Config) -> str:
 
 
 def run_dir_of(config: Config) -> Path:
-    """Return the run's folder: the one asked for, else runs/<experiment>-<hash>."""
+    """Return the run's folder: the one asked for, else runs/<experiment>-<hash>.
+
+    Without such a folder it is that in which an earlier version began this command's run.
+    """
     if config.run_dir is not None:
         return Path(config.run_dir)
-    return Path("runs") / f"{config.experiment}-{config_hash(config)}"
+    runs = Path("runs")
+    folder = runs / f"{config.experiment}-{config_hash(config)}"
+    if not folder.exists():
+        for former in former_meanings(config):
+            begun = runs / f"{former.experiment}-{_former_hash(former)}"
+            if keys_missing(begun):
+                return begun
+    return folder
+
+
+def as_begun(config: Config, saved: Config, run_dir: Path) -> Config:
+    """Return what `config` means for the run in `run_dir`, whose settings are `saved`.
+
+    That is `config`, but where an earlier version began the run, what the same command meant then.
+
+    Raises:
+        ConfigError: they are of two different runs.
+    """
+    if _changed(config, saved) and keys_missing(run_dir):
+        for former in former_meanings(config):
+            if not _changed(former, saved):
+                return former
+    check_same_run(config, saved, run_dir)
+    return config
 
 
 def check_same_run(config: Config, saved: Config, run_dir: Path) -> None:
     """Raise ConfigError if resuming `saved` with `config` would mix two different runs."""
     old, new = redact(hashed_settings(saved)), redact(hashed_settings(config))
-    changed = [k for k in new if old.get(k) != new[k] and k not in config.resume_allow]
+    changed = _changed(config, saved)
     if changed:
         what = ", ".join(f"{k}={new[k]} (the run has {old.get(k)})" for k in changed)
         raise ConfigError(
             f"{run_dir} holds a run with other settings: {what}. Use another run_dir, or allow "
             f"the change with resume_allow=[{','.join(changed)}]"
         )
+
+
+def _changed(config: Config, saved: Config) -> list[str]:
+    """Return the keys in which two runs differ and that `config` does not allow to differ."""
+    old, new = redact(hashed_settings(saved)), redact(hashed_settings(config))
+    return [k for k in new if old.get(k) != new[k] and k not in config.resume_allow]
+
+
+def _former_hash(config: Config) -> str:
+    """Return the hash that a version without the later settings made of `config`."""
+    return _digest({k: v for k, v in hashed_settings(config).items() if k not in LATER})
+
+
+def _digest(settings: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def length_of(config: Config) -> str:
