@@ -1,6 +1,7 @@
 """May this command continue this folder? The lock, the settings and the status decide."""
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dist_train.config.whole_file import read_json
 from dist_train.distributed import Ranks
 from dist_train.endings import end_failed, end_unstarted
 from dist_train.failure import ChainNotes, stack_on_crash
+from dist_train.imported_code import changes_of_code, code_on_disk
 from dist_train.layout import elastic_nodes
 from dist_train.preemption import stop_reason
 from dist_train.run import Run
@@ -110,6 +112,7 @@ def _claim(run: Run) -> Claim:
             if summary and not (stopped_early and _is_more_patient(config, saved)):
                 more = run.more_patience if stopped_early else f"ask for more than {now}"
                 run.say(f"this run is finished; to continue it {more}")
+                _tell_changed_code(run)
                 run.say(table(summary))
                 return Claim(finished=summary)
         if before != now:
@@ -120,6 +123,20 @@ def _claim(run: Run) -> Claim:
             folder.event("length_changed", step=status.get("step", 0), before=before, now=now)
     run.earlier = folder.note_earlier_attempt()  # before status.json is written anew
     return _begin(run, status)
+
+
+def _tell_changed_code(run: Run) -> None:
+    """Say which code is not that of the finished run, whose results are about to be shown."""
+    before = run.folder.code()
+    changes = changes_of_code(before, code_on_disk(run.config, before))
+    if not changes:
+        return
+    numbered = (run.path.with_name(f"{run.path.name}-{i}") for i in itertools.count(2))
+    new = next(path for path in numbered if not path.exists())
+    run.warn(
+        f"since this run was finished {', '.join(changes)}: the results below are of the code "
+        f"before; to train anew add run_dir={new} to the command"
+    )
 
 
 def _tell_what_is_kept(run: Run, config: Config) -> None:

@@ -18,6 +18,7 @@ from dist_train.config.identity import length_of
 from dist_train.config.redact import redact
 from dist_train.distributed import Ranks
 from dist_train.failure import ChainNotes
+from dist_train.imported_code import changes_of_code, imported_code
 from dist_train.metrics import LossWatch, Meter
 from dist_train.optim import learning_rate_in_force
 from dist_train.plan import Plan
@@ -26,7 +27,7 @@ from dist_train.progress import Progress
 from dist_train.run_folder import RunFolder, cpu_name
 from dist_train.saved_states import SKIPPED_IN_A_ROW, SavedStates, bytes_of
 from dist_train.saves import Saves
-from dist_train.state import Parts, capture, check_facts, restore, run_facts
+from dist_train.state import CODE, Parts, capture, check_facts, restore, run_facts
 from dist_train.tracking import Trackers, open_trackers
 
 ENDING_SEC = 15.0  # from the save to the end of all processes, and SLURM's answer to a requeue
@@ -84,7 +85,9 @@ class Run:
             ConfigError: no checkpoint is good, or it does not belong to this run.
             OSError: a refused one cannot be set aside.
         """
+        code = imported_code(self.config) if self.ranks.rank == 0 else {}
         self.facts = redact(run_facts(parts, data, cpu_name()))
+        self.facts[CODE] = code
         found = self.states.newest()
         if found is None:
             self.progress = Progress(patience=self.config.train.early_stop_patience)
@@ -98,6 +101,11 @@ class Run:
             return restore(state, parts, meter, origin), warnings
 
         progress, warnings = self.ranks.together(take_up)
+        if self.ranks.rank == 0:
+            changes = changes_of_code(state["facts"].get(CODE, {}), code)
+            if changes:
+                since = f"since step {progress.step} was saved"
+                warnings.append(f"{since} {', '.join(changes)}: the run goes on with today's code")
         progress.patience = self.config.train.early_stop_patience
         parts.guard.consecutive = state.get(SKIPPED_IN_A_ROW, 0)
         is_own = Path(origin).parent == self.folder.checkpoints
@@ -134,7 +142,7 @@ class Run:
         self._checkpoint_bytes = size
         keep = self.config.checkpoint.keep_last
         self.ranks.from_first(lambda: self.folder.check_space(size, keep))
-        self.folder.write_start(self.config)
+        self.folder.write_start(self.config, self.facts[CODE])
         ranks = self.ranks
         self.folder.event(
             "started",

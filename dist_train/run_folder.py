@@ -125,15 +125,20 @@ class RunFolder:
         path = self.path / "config.yaml"
         return compose([], config_file=path).config if path.is_file() else None
 
-    def write_start(self, config: Config) -> None:
-        """Write config.yaml and environment.json: what runs, with what, where."""
+    def write_start(self, config: Config, code: dict[str, Any]) -> None:
+        """Write config.yaml and environment.json: what runs, with what, where; `code` too."""
         if not self._writes:
             return
-        environment = _environment(self._ranks)
+        environment = _environment(self._ranks) | {"code": code}
         if list_checkpoints(self.checkpoints) and (missing := keys_missing(self.path)):
             environment[BEGUN_WITHOUT] = list(missing)  # before config.yaml names them
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1))
         write_atomically(self.path / "config.yaml", to_yaml(config))
+
+    def code(self) -> dict[str, Any]:
+        """Return the digests of the code that the last attempt ran with; empty if not known."""
+        code = read_json(self.path / "environment.json").get("code")
+        return code if isinstance(code, dict) else {}
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json, or an empty record."""

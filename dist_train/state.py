@@ -17,6 +17,8 @@ from dist_train.plan import Plan
 from dist_train.progress import Progress
 from dist_train.recovery import Recovery
 
+CODE = "code"  # among the facts, of imported_code
+
 
 @dataclass(kw_only=True, slots=True)
 class Parts:
@@ -94,7 +96,9 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
             f"{origin} was trained on other data: {what}. Give data.name and data.root as they "
             "were, or use another run_dir"
         )
-    free = {"data", "world_size"} if now["parallel.sync"] == "fixed" else {"data"}
+    free = {"data", CODE}  # the code is told of file by file
+    if now["parallel.sync"] == "fixed":
+        free.add("world_size")
     return [
         f"{key} is {now[key]} and was {facts.get(key)}: the bits of the result may differ"
         for key in now

@@ -19,6 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint_folder",
         "heartbeat",
+        "imported_code",
         "interface",
         "journal",
         "layout",
