@@ -19,7 +19,9 @@ BEGUN_WITHOUT = "begun_without"  # in environment.json: the keys of LATER that t
 LATER: dict[str, Any] = {}
 
 # Settings of bundled experiments that had another value: {experiment: {key: (value, before)}}.
-FORMER_PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {}
+FORMER_PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "cifar10_speed": {"precision": ("auto", "bf16")},
+}
 
 
 def later_defaults() -> dict[str, Any]:
