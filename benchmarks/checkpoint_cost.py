@@ -148,7 +148,7 @@ def training(folder: Path) -> dict[str, Any]:
     the difference is spread over 20 steps.
     """
     words = ["experiment=cifar10_resnet18", "data=synthetic", "train.global_batch_size=64"]
-    words += ["device=cpu", "precision=bf16", "checkpoint.every_steps=20", "eval.every_epochs=null"]
+    words += ["device=cpu", "checkpoint.every_steps=20", "eval.every_epochs=null"]
     config = compose([*words, f"run_dir={folder}/run"]).config
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(start_ranks(config))

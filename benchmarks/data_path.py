@@ -128,7 +128,7 @@ def loading() -> dict[str, Any]:
 def training() -> dict[str, Any]:
     """Return how fast ResNet-9 trains from the loader, as a share of that on one ready batch."""
     words = ["experiment=cifar10_resnet9", "data=synthetic", "train.global_batch_size=128"]
-    words += ["device=cpu", "data.cutout=8", "precision=bf16"]
+    words += ["device=cpu", "data.cutout=8"]
     with tempfile.TemporaryDirectory() as folder:
         config = compose([*words, f"run_dir={folder}/run"]).config
         with start_ranks(config) as ranks, opened(config, ranks) as it:

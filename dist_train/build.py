@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.importing import import_callable
-from dist_train.device import multiplies_bf16
+from dist_train.device import arm_multiplies_bf16, multiplies_bf16
 from dist_train.distributed import Ranks
 from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
@@ -82,11 +82,13 @@ def as_written(config: Config) -> AbstractContextManager[object]:
 
 
 def precision_in_force(config: Config, device: torch.device) -> tuple[str, str | None]:
-    """Return the precision to compute in, and a notice if it is not the one asked for.
+    """Return the precision to compute in, and a notice if it is not a good one, or not the asked.
 
-    A CPU without bf16 instructions emulates them, tens of times slower than fp32. What gains: CPUs
-    with AMX (3 times fp32) or AVX-512's bf16 instructions (1.4 to 2.3 times, on an AMD EPYC), and
-    GPUs of capability 8.0 or newer.
+    What gains from bf16: CPUs with AMX (3 times fp32) or AVX-512's bf16 instructions (1.4 to 2.3
+    times, on an AMD EPYC), and GPUs of capability 8.0 or newer. A CPU with AVX-512 alone emulates
+    it at a third of fp32's speed; others are tens of times slower. On ARM auto is fp32: what
+    training gains from its instructions is not measured, and oneDNN has no gradients of
+    convolutions in them.
     """
     if config.precision == "auto":
         return ("bf16" if _gains_from_bf16(device) else "fp32"), None
@@ -95,16 +97,30 @@ def precision_in_force(config: Config, device: torch.device) -> tuple[str, str |
             "precision=bf16: this CPU has no bf16 instructions and would emulate them many times "
             "slower than fp32: computing in fp32"
         )
-    return config.precision, None
+    return config.precision, emulation_notice(config.precision, device)
+
+
+def emulation_notice(precision: str, device: torch.device) -> str | None:
+    """Return what to say where `precision` is emulated; None: it is not."""
+    if precision != "bf16" or device.type != "cpu" or multiplies_bf16() or arm_multiplies_bf16():
+        return None
+    return (
+        "precision=bf16: this CPU has no bf16 instructions and emulates them at about a third of "
+        "the speed of fp32: set precision=auto, which is fp32 here"
+    )
 
 
 def agreed_precision(config: Config, ranks: Ranks) -> tuple[str, str | None]:
     """Return the precision of all ranks, and a notice if it is not what was asked. Collective."""
-    mine, notice = precision_in_force(config, ranks.device)
-    everyone = ranks.gather(mine)
-    if len(set(everyone)) == 1:
-        return mine, notice
-    lacking = everyone.index("fp32")
+    everyone = ranks.gather(precision_in_force(config, ranks.device))
+    found = [precision for precision, _ in everyone]
+    if len(set(found)) == 1:
+        told = [(rank, notice) for rank, (_, notice) in enumerate(everyone) if notice]
+        if not told or len(told) == len(everyone):
+            return found[0], everyone[0][1]
+        rank, notice = told[0]
+        return found[0], f"rank {rank}: {notice}"
+    lacking = found.index("fp32")
     return "fp32", (
         f"precision={config.precision}: rank {lacking}'s {ranks.device.type.upper()} has no units "
         "for bf16, others' have: all compute in fp32"

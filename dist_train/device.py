@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ import torch
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import VERDICT_VARIABLE
 from dist_train.layout import Layout
+
+# Values of ONEDNN_MAX_CPU_ISA: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
+WITHOUT_BF16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+WITHOUT_AMX = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
 
 
 def bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
@@ -112,20 +125,37 @@ def threads_of(asked: int | None, layout: Layout, env: Mapping[str, str]) -> int
 
 
 def has_amx() -> bool:
-    """Say whether this CPU has units that multiply matrices of bf16: Intel's AMX."""
-    return _cpu_has("amx_bf16", lambda: torch.cpu._is_amx_tile_supported())
+    """Say whether this CPU has units that multiply matrices of bf16 (Intel's AMX), and may."""
+    capped = _onednn_cap() in WITHOUT_BF16 + WITHOUT_AMX
+    return not capped and _cpu_has("amx_bf16", lambda: torch.cpu._is_amx_tile_supported())
 
 
 def multiplies_bf16() -> bool:
-    """Say whether this CPU multiplies bf16 numbers itself: by AMX or by AVX-512's instructions."""
+    """Say whether this CPU multiplies bf16 numbers itself, by AMX or AVX-512's instructions.
+
+    oneDNN says that it supports bf16 on any CPU with AVX-512: without these it emulates them.
+    """
+    if _onednn_cap() in WITHOUT_BF16:
+        return False
     return has_amx() or _cpu_has("avx512_bf16", lambda: torch.cpu._is_avx512_bf16_supported())
+
+
+def arm_multiplies_bf16() -> bool:
+    """Say whether this is an ARM CPU with instructions that multiply bf16 numbers."""
+    return _cpu_has("bf16", lambda: False)  # only ARM has this key
+
+
+@cache
+def _onednn_cap() -> str:
+    """Return the newest instructions that oneDNN may use here, as its user says; "": all."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
 
 
 def _cpu_has(capability: str, ask_older_torch: Callable[[], bool]) -> bool:
     known = getattr(torch.cpu, "get_capabilities", None)  # newer than torch 2.11
     if known is None:
         return ask_older_torch()
-    return bool(known().get(capability, False))  # only x86 has these keys
+    return bool(known().get(capability, False))
 
 
 def keep_freed_memory() -> None:

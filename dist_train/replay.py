@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.attribution import first_non_finite, load_bad_batch
-from dist_train.build import autocast
+from dist_train.build import autocast, emulation_notice
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, print_error
 from dist_train.config.compose import compose
@@ -74,6 +74,8 @@ def replay(options: argparse.Namespace) -> tuple[str, bool]:
     lines = [
         f"step {context['step']}, {len(part)} pictures of {config.model.factory}",
     ]
+    if emulation_notice(context["precision"], device) is not None:
+        lines.append("precision=bf16 as in the run: this CPU emulates it, slowly")
     found = first_non_finite(module, loss_of_piece, len(part))
     if found is None:
         lines.append("every layer, the loss and all gradients are finite here")

@@ -57,6 +57,11 @@ def test_an_experiment_names_its_run(path: Path) -> None:
     assert compose([f"experiment={path.stem}"]).config.experiment == path.stem
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "experiment"], ids=str)
+def test_an_experiment_leaves_the_precision_to_the_hardware(path: Path) -> None:
+    assert compose([f"experiment={path.stem}"]).config.precision == "auto"
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "model"], ids=str)
 def test_every_network_gives_logits(path: Path) -> None:
     model = compose([f"model={path.stem}"]).config.model

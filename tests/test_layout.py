@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train import slurm_step
+from dist_train import build, device, slurm_step
 from dist_train.build import precision_in_force
 from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.config.arguments import VERDICT_VARIABLE
@@ -263,8 +263,9 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> N
     ("capability", "units", "on_gpu", "on_cpu"),
     [
         ((7, 5), {"amx_bf16"}, "fp32", "bf16"),
-        ((8, 0), set(), "bf16", "fp32"),
+        ((8, 0), {"avx2", "avx512_f", "avx512_vnni"}, "bf16", "fp32"),
         ((9, 0), {"avx512_bf16"}, "bf16", "bf16"),
+        ((9, 0), {"neon", "bf16", "sve_bf16"}, "bf16", "fp32"),  # ARM: nothing is measured
     ],
 )
 def test_the_precision_follows_the_hardware(
@@ -280,6 +281,40 @@ def test_the_precision_follows_the_hardware(
     assert precision_in_force(Config(), torch.device("cuda", 0)) == (on_gpu, None)
     assert precision_in_force(Config(), torch.device("cpu")) == (on_cpu, None)
     assert precision_in_force(Config(precision="fp32"), torch.device("cuda", 0)) == ("fp32", None)
+
+
+@pytest.mark.parametrize(
+    ("units", "cap", "supported", "precision", "told"),
+    [
+        ({"avx512_f"}, "", True, "bf16", "emulates them at about a third of the speed of fp32"),
+        ({"avx512_f"}, "", False, "fp32", "would emulate them many times slower than fp32"),
+        ({"avx512_bf16"}, "", True, "bf16", None),
+        ({"amx_bf16", "avx512_bf16"}, "", True, "bf16", None),
+        ({"avx512_bf16"}, "AVX512_CORE", True, "bf16", "set precision=auto, which is fp32 here"),
+        ({"avx512_bf16", "amx_bf16"}, "AVX512_CORE_BF16", True, "bf16", None),
+        ({"neon", "bf16"}, "", True, "bf16", None),
+    ],
+)
+def test_bf16_that_is_emulated_is_computed_as_asked_and_told(
+    units: set[str],
+    cap: str,
+    supported: bool,
+    precision: str,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN says yes on any CPU with AVX-512: the instructions are asked for, and its own cap."""
+    has = dict.fromkeys(units, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(device, "_onednn_cap", lambda: cap)
+    monkeypatch.setattr(build, "_cpu_has_bf16", lambda: supported)
+    cpu = torch.device("cpu")
+    found, notice = precision_in_force(Config(precision="bf16"), cpu)
+    assert found == precision
+    assert (notice is None) if told is None else (told in (notice or ""))
+    gains = notice is None and "bf16" not in units  # ARM's auto is fp32
+    assert precision_in_force(Config(), cpu) == ("bf16" if gains else "fp32", None)
+    assert device.has_amx() == ("amx_bf16" in units and cap == "")
 
 
 @pytest.mark.parametrize(

@@ -73,18 +73,23 @@ def refusal(config: Config) -> str:
 def precision_of(config: Config, lacking: int) -> tuple[str, str | None]:
     """Return what a rank computes in, one of them without units for bf16."""
     with start_ranks(config) as ranks, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_gains_from_bf16", lambda device: ranks.rank != lacking)
+        for name in ("_gains_from_bf16", "multiplies_bf16"):
+            patch.setattr(build, name, lambda *_: ranks.rank != lacking)
         return agreed_precision(config, ranks)
 
 
 @pytest.mark.parametrize(
-    ("lacking", "precision", "told"),
-    [(-1, "bf16", None), (1, "fp32", "rank 1's CPU has no units for bf16")],
+    ("asked", "lacking", "precision", "told"),
+    [
+        ("auto", -1, "bf16", None),
+        ("auto", 1, "fp32", "rank 1's CPU has no units for bf16"),
+        ("bf16", 1, "bf16", "rank 1: precision=bf16: this CPU has no bf16 instructions"),
+    ],
 )
 def test_all_ranks_compute_in_one_precision(
-    lacking: int, precision: str, told: str | None, tmp_path: Path
+    asked: str, lacking: int, precision: str, told: str | None, tmp_path: Path
 ) -> None:
-    config = small(tmp_path / "run", "precision=auto")
+    config = small(tmp_path / "run", f"precision={asked}")
     for found, notice in run_ranks(precision_of, 2, config, lacking):
         assert found == precision
         assert (notice is None) if told is None else (told in (notice or ""))
