@@ -11,9 +11,7 @@ job. A job whose ranks died is not requeued but its ranks are started again: the
 import contextlib
 import os
 import socket
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +26,15 @@ from dist_train.preemption import END_TIME_VARIABLE, JOB_LIMIT, OWN_LIMIT
 from dist_train.slurm_step import hosts_of
 from launch import scontrol
 from launch.job_record import JOBS_DIR, JobRecord, record_file, write_record
-from launch.ranks_command import RanksCommand
+from launch.ranks_command import RanksCommand, check_exports
+from launch.this_job import ThisJob, say
 
 IN_PLACE = 3  # starts in a row on the same nodes that ended before the run had begun
-ASK_AGAIN_SEC = (0.0, 1.0, 4.0)  # a busy controller
-REQUEUE_SEC = 30.0  # for SLURM to say that a requeued job waits
 PORTS_TO_TRY = 50
 TASK_COUNTS = ("SLURM_NTASKS", "SLURM_NPROCS")
+# sbatch --export=NONE sets the first for the job's own sruns: they would keep from the ranks what
+# the job's script has set, and what this process tells them.
+EXPORTS = ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,25 +67,51 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
         remember: keep a record of the job: `dist-train submit` has done so, sbatch has not.
 
     Returns:
-        0 finished, or stopped and saved; 2 the user's mistake; 93 a restart would only repeat it.
+        0 finished, or stopped and saved where nothing can be requeued; 1 there is work left, and
+        SLURM did not take the job back; 2 the user's mistake; 93 a restart would only repeat it.
     """
     ranks = RanksCommand()  # its handlers come after those that the caller has installed
     parser = Parser(prog="dist-train batch", description="The body of a batch job.")
     add_run_options(parser)
     try:
+        check_exports(start)
         folder = run_dir_of(compose_request(parser.parse_intermixed_args(words)).config).absolute()
     except ConfigError as mistake:
         print_error(str(mistake))
         return 2
-    job_id = scontrol.this_job()
-    chain = os.environ.get(CHAIN_VARIABLE) or f"slurm-{job_id or os.getpid()}"
-    if remember and job_id is not None:
-        _remember(job_id, folder, words)
+    this_job = ThisJob(gives_up=lambda: ranks.stopped_by == "SIGINT")
+    try:
+        return _until_the_end(start, words, folder, ranks, this_job, remember=remember)
+    except scontrol.NoAnswerError as silence:
+        print_error(
+            f"{silence}. The job is not in the queue again; the same command continues the run"
+        )
+        return 1
+
+
+def _until_the_end(
+    start: list[str],
+    words: list[str],
+    folder: Path,
+    ranks: RanksCommand,
+    this_job: ThisJob,
+    *,
+    remember: bool,
+) -> int:
+    """Start the ranks until the run is over or the job is; returns the job's exit code.
+
+    Raises:
+        NoAnswerError: SLURM does not answer, and the job's time is over.
+    """
+    chain = os.environ.get(CHAIN_VARIABLE) or f"slurm-{this_job.job_id or os.getpid()}"
     silent = 0
     while True:
+        job = this_job.ask()
+        if remember and this_job.job_id is not None:
+            _remember(this_job.job_id, job, folder, words)
         memory = chains.read(folder)
         attempt = memory.attempt + 1 if memory.chain == chain else 0
-        environment = _for_srun(os.environ) | _told(_job(job_id), chain, attempt)
+        environment = _for_srun(os.environ) | _told(this_job, job, chain, attempt)
         code = ranks.run([*start, *words], environment)
         status = status_of(folder, chain, attempt)
         began = bool(status)
@@ -100,16 +126,16 @@ def run_job(start: list[str], words: list[str], *, remember: bool = False) -> in
         following = what_next(
             code,
             status,
-            job=_job(job_id),
+            ask=this_job.ask,
+            in_job=this_job.job_id is not None,
             silent=silent,
             first_step=memory.progress if memory.chain == chain else 0,
             stopped=ranks.stopped_by is not None,
         )
         if following.say:
-            _say(following.say)
+            say(following.say)
         if following.do == "requeue":
-            assert job_id is not None
-            return _requeue(job_id)
+            return _requeue(this_job)
         if following.do == "end":
             return following.code
         ranks.wait(chains.back_off(silent))
@@ -119,7 +145,8 @@ def what_next(
     code: int,
     status: Mapping[str, Any],
     *,
-    job: scontrol.Job | None,
+    ask: Callable[[], scontrol.Job | None],
+    in_job: bool,
     silent: int,
     first_step: int,
     stopped: bool,
@@ -129,7 +156,9 @@ def what_next(
     Args:
         code: of the command that started the ranks.
         status: status.json as these ranks left it; empty if they ended before the run had begun.
-        job: what SLURM says of the job; None: there is none, or SLURM does not answer.
+        ask: what SLURM says of the job; None: there is none, or SLURM does not know it. It is
+            asked only where the answer counts.
+        in_job: this process is in one.
         silent: such starts in a row that ended before the run had begun.
         first_step: the newest checkpoint when these ranks began.
         stopped: this process was asked to stop.
@@ -144,6 +173,7 @@ def what_next(
     saved = state == "preempted" or (not status and code == 0)
     if saved and reason.startswith(OWN_LIMIT):
         return Next(do="end")
+    job = ask()
     if job is not None and not job.is_running and not job.is_out_of_time:
         verdict = f"SLURM has taken the job ({job.state})"
         return Next(do="end", code=0 if saved else code or 1, say=verdict)
@@ -159,8 +189,12 @@ def what_next(
     if died and not stopped and silent <= IN_PLACE:
         return Next(do="again", say=f"the ranks ended ({reason or code}): started again")
     code = 0 if saved else code or 1
+    if job is None and in_job:  # work is left, and nobody goes on with it
+        text = "not requeued, as SLURM does not know this job; the same command continues"
+        return Next(do="end", code=code or 1, say=text)
     if job is None:
-        return Next(do="end", code=code, say="not requeued: SLURM does not know this job")
+        text = "not requeued, as this is no job of SLURM's; the same command continues"
+        return Next(do="end", code=code, say=text)
     if not job.may_requeue:
         text = "not requeued, as the job forbids it; the same command continues"
         return Next(do="end", code=code, say=text)
@@ -168,28 +202,29 @@ def what_next(
 
 
 def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
-    """Return `env` without the number of tasks, where srun can count them itself.
+    """Return `env`, all of which reaches the ranks, as srun is to see it.
 
-    With --nodes=2-4 it is that of the least nodes, and srun would believe it.
+    Without the number of tasks, where srun can count them itself: with --nodes=2-4 it is that of
+    the least nodes, and srun would believe it.
     """
-    per_node = "SLURM_NTASKS_PER_NODE" in env
-    return {k: v for k, v in env.items() if not (per_node and k in TASK_COUNTS)}
+    left_out = (*EXPORTS, *(TASK_COUNTS if "SLURM_NTASKS_PER_NODE" in env else ()))
+    return {k: v for k, v in env.items() if k not in left_out}
 
 
-def _told(job: scontrol.Job | None, chain: str, attempt: int) -> dict[str, str]:
+def _told(this_job: ThisJob, job: scontrol.Job | None, chain: str, attempt: int) -> dict[str, str]:
     """Return what the ranks must know of this start."""
     told = {CHAIN_VARIABLE: chain, ATTEMPT_VARIABLE: str(attempt)}
     if job is not None and job.end_time is not None:
         told[END_TIME_VARIABLE] = str(int(job.end_time))
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes and "MASTER_ADDR" not in os.environ:
-        told["MASTER_ADDR"] = _address_of(hosts_of(nodes))
+        told["MASTER_ADDR"] = _address_of(hosts_of(nodes), this_job)
     if nodes and "MASTER_PORT" not in os.environ:
         told["MASTER_PORT"] = str(_free_port(f"{chain}.{attempt}"))
     return told
 
 
-def _address_of(hosts: list[str]) -> str:
+def _address_of(hosts: list[str], this_job: ThisJob) -> str:
     """Return an address of the first host that the others reach: its name, if that leads there.
 
     On some systems a host's own name leads to 127.0.1.1; then the address is SLURM's own.
@@ -199,9 +234,7 @@ def _address_of(hosts: list[str]) -> str:
     with contextlib.suppress(OSError):
         if not socket.gethostbyname(hosts[0]).startswith("127."):
             return hosts[0]
-    with contextlib.suppress(scontrol.SlurmError):
-        return scontrol.address_of(hosts[0]) or hosts[0]
-    return hosts[0]
+    return this_job.address_of(hosts[0]) or hosts[0]
 
 
 def _free_port(name: str) -> int:
@@ -214,62 +247,42 @@ def _free_port(name: str) -> int:
     return port_of(name)
 
 
-def _job(job_id: str | None) -> scontrol.Job | None:
-    """Return what SLURM says of this job; None outside a job, or if it does not answer."""
-    if job_id is None or not scontrol.is_available():
-        return None
-    problem = ""
-    for pause in ASK_AGAIN_SEC:
-        time.sleep(pause)
-        try:
-            return scontrol.job_of(job_id)
-        except scontrol.SlurmError as error:
-            problem = str(error)
-    _say(f"SLURM does not answer: {problem}")
-    return None
+def _requeue(this_job: ThisJob) -> int:
+    """Put this job back into the queue and see that it waits there; returns the exit code.
 
-
-def _requeue(job_id: str) -> int:
-    """Put this job back into the queue and see that it waits there; returns the exit code."""
+    Raises:
+        NoAnswerError: SLURM does not answer, and the job's time is over.
+    """
     try:
-        scontrol.requeue(job_id)
-    except scontrol.SlurmError as error:
-        _say(
-            f"saved, but SLURM does not requeue the job ({error}): the same command continues; "
+        job = this_job.requeue()
+    except scontrol.NoAnswerError:
+        raise
+    except scontrol.SlurmError as refusal:
+        print_error(
+            f"{refusal}. The job is not in the queue again; the same command continues the run; "
             "where requeueing is forbidden, submit a chain: dist-train submit --chain N"
         )
-        return 0
-    end = time.monotonic() + REQUEUE_SEC
-    while time.monotonic() < end:
-        job = _job(job_id)
-        if job is not None and not job.is_running:
-            _say(f"requeued: job {job_id} is {job.state} and continues by itself")
-            return 0
-        time.sleep(0.5)
-    _say(f"requeued job {job_id}, but SLURM still says that it runs: look at `squeue --me`")
+        return 1
+    if job is None:
+        say(f"requeued job {this_job.job_id}, but SLURM still says that it runs: look at squeue")
+    else:
+        say(f"requeued: job {job.job_id} is {job.state} and continues by itself")
     return 0
 
 
-def _remember(job_id: str, folder: Path, words: list[str]) -> None:
+def _remember(job_id: str, job: scontrol.Job | None, folder: Path, words: list[str]) -> None:
     """Let `dist-train jobs` know of this job; not being able to is no reason to end it."""
-    if record_file(JOBS_DIR, job_id).exists():
-        return
-    job = _job(job_id)
     with contextlib.suppress(OSError):
-        write_record(
-            JOBS_DIR,
-            JobRecord(
-                job_id=job_id,
-                name=os.environ.get("SLURM_JOB_NAME", ""),
-                run_dir=str(folder),
-                words=tuple(words),
-                command="sbatch",
-                cwd=str(Path.cwd()),
-                output="" if job is None else job.output,
-            ),
-        )
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"dist-train: {text}\n")
-    sys.stdout.flush()
+        if not record_file(JOBS_DIR, job_id).exists():
+            write_record(
+                JOBS_DIR,
+                JobRecord(
+                    job_id=job_id,
+                    name=os.environ.get("SLURM_JOB_NAME", ""),
+                    run_dir=str(folder),
+                    words=tuple(words),
+                    command="sbatch",
+                    cwd=str(Path.cwd()),
+                    output="" if job is None else job.output,
+                ),
+            )

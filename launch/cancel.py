@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             )
         sys.stdout.write("".join(f"{line}\n" for line in said))
     except scontrol.SlurmError as error:
-        print_error(f"SLURM refuses: {error}")
+        print_error(str(error))
         return 2
     except ConfigError as mistake:
         print_error(str(mistake))

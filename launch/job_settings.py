@@ -16,6 +16,7 @@ from dist_train.config import ConfigError
 from dist_train.config.compose import BUNDLED, CHECKOUT
 from dist_train.config.typed import build, did_you_mean
 from dist_train.config.yaml_limits import check_yaml
+from launch.ranks_command import check_exports
 
 DEFAULT = "default"
 TIMES = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS or DAYS-HOURS:MINUTES"
@@ -216,6 +217,7 @@ def _check(settings: JobSettings) -> None:
     for name, value in dataclasses.asdict(settings).items():
         if any("\n" in line for line in (value if isinstance(value, tuple) else [str(value)])):
             raise ConfigError(f"--{name.replace('_', '-')} has a line break in it: write one line")
+    check_exports(settings.srun_arg)
     for word in settings.sbatch_arg:
         if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", word):
             raise ConfigError(f"--sbatch-arg={word} must have the form --option or --option=value")

@@ -80,7 +80,7 @@ def _states(options: argparse.Namespace) -> tuple[list[JobState], str]:
     try:
         known = {} if problem else scontrol.states_of([record.job_id for record in records])
     except scontrol.SlurmError as error:
-        known, problem = {}, f"SLURM does not answer: {error}"
+        known, problem = {}, str(error)
     if problem:
         notes.append(f"{problem}; this is what the run folders say")
     holding = at_work(records)

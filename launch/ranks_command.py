@@ -1,16 +1,30 @@
 """The command that starts a job's ranks: run it, and pass on to it what asks to stop."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from dist_train.config import ConfigError
 from dist_train.config.arguments import print_error
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def check_exports(words: Sequence[str]) -> None:
+    """Raise ConfigError if srun's own words keep the job's variables from the ranks."""
+    for word, following in itertools.pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        names = value if equals else following
+        if name == "--export" and "ALL" not in names.split(","):
+            raise ConfigError(
+                f"srun's --export={names} keeps from the ranks what the job's script has set, and "
+                "when its time is over: leave it out, or write --export=ALL,NAME=VALUE"
+            )
 
 
 class RanksCommand:

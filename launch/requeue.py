@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         for record in records:
             sys.stdout.write(f"{_requeue(record, options.jobs_dir)}\n")
     except scontrol.SlurmError as error:
-        print_error(f"SLURM refuses: {error}")
+        print_error(str(error))
         return 2
     except ConfigError as mistake:
         print_error(str(mistake))

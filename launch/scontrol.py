@@ -8,12 +8,31 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
 TIMEOUT_SEC = 60.0  # a busy controller answers late
+# What SLURM's commands say when the controller is down, busy or out of reach. The last but one is
+# scontrol's for a request that got no reply.
+NO_ANSWER = re.compile(
+    r"unable to contact|connect failure|connection refused|timed out|zero bytes were transmitted"
+    r"|in standby mode|temporarily unable|temporarily unavailable|transport endpoint"
+    r"|communication (connection|shutdown) failure|message (send|receive) failure"
+    r"|no controller|unexpected message received|slurm_persist_conn",
+    re.IGNORECASE,
+)
 RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+# Of `scontrol show job`: where a job begins, its first line, and of the other lines those that are
+# read, by their first word.
+RECORD = re.compile(r"^(?=JobId=\d)", re.MULTILINE)
+TITLE = re.compile(
+    r"JobId=(?P<JobId>\d+)(?: ArrayJobId=(?P<ArrayJobId>\d+) ArrayTaskId=(?P<ArrayTaskId>\S+))?"
+    r"(?: \w+=\S*)*? JobName=(?P<JobName>.*)"
+)
+FIRST_OF_A_LINE = ("JobState", "Requeue", "StartTime", "NodeList")
+PATHS = ("StdOut",)
 # Of squeue, with their widths in characters.
 COLUMNS = {"JobArrayID": 40, "State": 30, "RestartCnt": 12, "Reason": 80}
 
@@ -58,7 +77,11 @@ class Job:
 
 
 class SlurmError(RuntimeError):
-    """SLURM refused, or does not answer."""
+    """SLURM refuses, or does not answer; says which, in one line."""
+
+
+class NoAnswerError(SlurmError):
+    """SLURM does not answer: nobody knows whether it has heard."""
 
 
 def this_job() -> str | None:
@@ -80,12 +103,12 @@ def jobs_of(job_id: str) -> list[Job]:
     Raises:
         SlurmError: it does not answer.
     """
-    found = _ask("scontrol", "show", "job", "--oneliner", job_id)
+    found = _ask("scontrol", "show", "job", job_id)
     if found.returncode == 0:
-        return [read_job(line) for line in found.stdout.splitlines() if "JobId=" in line]
+        return [read_job(text) for text in RECORD.split(found.stdout) if "JobState=" in text]
     if "Invalid job id" in found.stderr:
         return _from_accounting(job_id)
-    raise SlurmError(_told(found))
+    raise _problem(found)
 
 
 def job_of(job_id: str) -> Job | None:
@@ -94,26 +117,39 @@ def job_of(job_id: str) -> Job | None:
     return found[0] if found else None
 
 
-def read_job(line: str) -> Job:
-    """Read a line of `scontrol show job --oneliner`."""
-    fields = dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line))
-    job_id = fields["JobId"]
-    if "ArrayTaskId" in fields:
-        tasks = fields["ArrayTaskId"]
-        tasks = tasks if tasks.isdigit() else f"[{tasks}]"
-        job_id = f"{fields['ArrayJobId']}_{tasks}"
+def read_job(record: str) -> Job:
+    """Read a job's record of `scontrol show job`: of many lines, as some values have blanks.
+
+    The job's name and comment, and its paths, are the user's text: they can look like anything.
+    """
+    first, *lines = record.splitlines()
+    title = TITLE.match(first)
+    assert title is not None, record
+    fields = {name: value or "" for name, value in title.groupdict().items()}
+    paths: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.strip().partition("=")
+        if name in PATHS:
+            paths[name] = value  # the last one: a comment of several lines comes before them
+        elif name in FIRST_OF_A_LINE:
+            for word in line.split():
+                name, _, value = word.partition("=")
+                fields.setdefault(name, value)  # the first one: a comment comes after them
+    job_id, tasks = fields["JobId"], fields["ArrayTaskId"]
+    if tasks:
+        job_id = f"{fields['ArrayJobId']}_{tasks if tasks.isdigit() else f'[{tasks}]'}"
     reason = fields.get("Reason", "")
     return Job(
         job_id=job_id,
         state=fields["JobState"],
         reason="" if reason == "None" else reason,
-        name=fields.get("JobName", ""),
+        name=fields["JobName"],
         restarts=int(fields.get("Restarts", "0")),
         may_requeue=fields.get("Requeue") == "1",
         end_time=_seconds(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", "").replace("(null)", ""),
         exit_code=fields.get("ExitCode", ""),
-        output=fields.get("StdOut", ""),
+        output=paths.get("StdOut", ""),
     )
 
 
@@ -134,7 +170,7 @@ def states_of(job_ids: list[str]) -> dict[str, Job]:
         *(f"--jobs={','.join(arrays)}", f"--Format={columns}"),
     )
     if listed.returncode != 0 and "Invalid job id" not in listed.stderr:  # a lone forgotten one
-        raise SlurmError(_told(listed))
+        raise _problem(listed)
     jobs = [_from_queue(line) for line in listed.stdout.splitlines() if line.strip()]
     known = {job.job_id.partition("_")[0] for job in jobs}
     forgotten = [job_id for job_id in arrays if job_id not in known]
@@ -149,7 +185,7 @@ def address_of(node: str) -> str | None:
     """Return the address at which SLURM itself reaches a node. Raises SlurmError."""
     found = _ask("scontrol", "show", "node", "--oneliner", node)
     if found.returncode != 0:
-        raise SlurmError(_told(found))
+        raise _problem(found)
     match = re.search(r"\bNodeAddr=(\S+)", found.stdout)
     return match.group(1) if match else None
 
@@ -205,11 +241,11 @@ def _from_queue(line: str) -> Job:
 def _from_accounting(job_id: str) -> list[Job]:
     if shutil.which("sacct") is None:
         return []
-    columns = "JobID,State,JobName,Restarts,NodeList,ExitCode"
+    columns = "JobID,State,Restarts,NodeList,ExitCode,JobName"  # a name can have a | in it
     found = _ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
     jobs = []
     for line in found.stdout.splitlines() if found.returncode == 0 else []:
-        name, state, title, restarts, nodes, code = (line.split("|") + [""] * 6)[:6]
+        name, state, restarts, nodes, code, title = (line.split("|", 5) + [""] * 6)[:6]
         jobs.append(
             Job(
                 job_id=name,
@@ -234,7 +270,7 @@ def _seconds(text: str) -> float | None:
 def _do(*words: str) -> None:
     done = _ask(*words)
     if done.returncode != 0 or "error:" in done.stderr:
-        raise SlurmError(_told(done))
+        raise _problem(done)
 
 
 def _ask(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -243,17 +279,24 @@ def _ask(*words: str) -> "subprocess.CompletedProcess[str]":
             words,
             env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
             capture_output=True,
-            text=True,
+            encoding=sys.getfilesystemencoding(),
+            errors="surrogateescape",  # a folder's name may be any bytes
             timeout=TIMEOUT_SEC,
             check=False,
         )
     except FileNotFoundError:
         raise SlurmError(f"{words[0]} is not here: run this where SLURM's commands are") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{' '.join(words)}: no answer within {TIMEOUT_SEC:.0f} s") from None
+        raise problem(f"{' '.join(words)} timed out after {TIMEOUT_SEC:.0f} s") from None
 
 
-def _told(done: "subprocess.CompletedProcess[str]") -> str:
-    """Return what a refused command said, in one line."""
+def problem(text: str) -> SlurmError:
+    """Return the error that tells what a command of SLURM's said when it failed."""
+    if NO_ANSWER.search(text):
+        return NoAnswerError(f"SLURM does not answer: {text}")
+    return SlurmError(f"SLURM refuses: {text}")
+
+
+def _problem(done: "subprocess.CompletedProcess[str]") -> SlurmError:
     text = " ".join((done.stderr or done.stdout).split())
-    return text or f"{' '.join(done.args)} ended with {done.returncode}"
+    return problem(text or f"{' '.join(done.args)} ended with {done.returncode}")

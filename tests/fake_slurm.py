@@ -15,8 +15,12 @@ name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(f"{{folder}}/calls", "a") as file:
     file.write(json.dumps([name, *words]) + "\\n")
 if os.path.exists(f"{{folder}}/{{name}}.refuses"):
-    sys.stderr.write(open(f"{{folder}}/{{name}}.refuses").read())
-    sys.exit(1)
+    times, _, text = open(f"{{folder}}/{{name}}.refuses").read().partition(" ")
+    if times == "1":
+        os.unlink(f"{{folder}}/{{name}}.refuses")
+    else:
+        open(f"{{folder}}/{{name}}.refuses", "w").write(f"{{int(times) - 1}} {{text}}")
+    sys.exit(text)
 
 def job_file(job_id):
     return f"{{folder}}/jobs/{{job_id}}"
@@ -98,14 +102,18 @@ class FakeSlurm:
         reason: str = "None",
         restarts: int = 0,
         may_requeue: bool = True,
+        end_time: str = "Unknown",
     ) -> None:
         """Let SLURM know a job, or an element of an array."""
         array, _, task = job_id.partition("_")
         element = f"ArrayJobId={array} ArrayTaskId={task} " if task else ""
         written = self.folder / "job"
         written.write_text(
-            f"JobId={array} {element}JobName=x JobState={state} Reason={reason} "
-            f"Requeue={int(may_requeue)} Restarts={restarts} EndTime=Unknown\n"
+            f"JobId={array} {element}JobName=x\n"
+            f"   JobState={state} Reason={reason} Dependency=(null)\n"
+            f"   Requeue={int(may_requeue)} Restarts={restarts} BatchFlag=1 ExitCode=0:0\n"
+            f"   StartTime=Unknown EndTime={end_time} Deadline=N/A\n"
+            "   NodeList=(null)\n\n"
         )
         written.rename(self.folder / "jobs" / job_id)  # whole, whoever asks meanwhile
 
@@ -113,9 +121,9 @@ class FakeSlurm:
         """Let SLURM forget a job, as it does some minutes after its end."""
         (self.folder / "jobs" / job_id).unlink()
 
-    def refuse(self, command: str, text: str) -> None:
-        """Let a command fail with a text from now on."""
-        (self.folder / f"{command}.refuses").write_text(text)
+    def refuse(self, command: str, text: str, *, times: int = 0) -> None:
+        """Let a command fail with a text from now on, or so many times."""
+        (self.folder / f"{command}.refuses").write_text(f"{times} {text}")
 
     def calls(self, *names: str) -> list[list[str]]:
         """Return the calls of these commands so far, in order."""

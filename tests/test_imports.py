@@ -125,6 +125,7 @@ WITHOUT_TORCH = (
     "launch.supervise",
     "launch.batch",
     "launch.scontrol",
+    "launch.this_job",
     "dist_train.slurm_step",
     "dist_train.monitor.main",
 )

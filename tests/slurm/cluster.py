@@ -65,7 +65,7 @@ class Cluster:
         _run("ip", "link", "add", self._bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{self._net}.1/24", "dev", self._bridge)
         _run("ip", "link", "set", self._bridge, "up")
-        self._spawn("slurmctld", ["slurmctld", "-D", "-c"])
+        self._spawn("slurmctld", ["slurmctld", "-D", "-c"])  # -c: it has no jobs
         for number in range(1, self.num_nodes + 1):
             self._cable(number)
             self.boot(number)
@@ -100,6 +100,14 @@ class Cluster:
         if process is not None and process.poll() is None:
             process.kill()  # with it dies PID 1 of the node, and with that all others
             process.wait()
+
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Kill the controller, and start it again at the end, with what it knew."""
+        self._processes["slurmctld"].kill()
+        self._processes["slurmctld"].wait()
+        yield
+        self._spawn("slurmctld", ["slurmctld", "-D"])
 
     def cut(self, number: int) -> None:
         """Cut a node's cable."""

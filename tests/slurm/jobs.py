@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.scontrol import RUNNING, Job, read_job
+from launch.scontrol import RECORD, RUNNING, Job, read_job
 from tests.settings import SMALL
 from tests.slurm.cluster import Cluster
 from tests.test_torchrun import REPOSITORY
@@ -38,9 +38,9 @@ class Submitted:
 
     def job(self) -> Job:
         """Return what SLURM says of it."""
-        text = self.cluster.run("scontrol", "show", "job", "--oneliner", self.job_id)
+        text = self.cluster.run("scontrol", "show", "job", self.job_id)
         assert "JobId=" in text, text
-        return read_job(text.splitlines()[0])
+        return read_job(next(filter(None, RECORD.split(text))))
 
     def text(self) -> str:
         """Return its output so far."""
@@ -88,8 +88,9 @@ class Submitted:
         """Wait for something; on failure show the job's output."""
         end = time.monotonic() + timeout_sec
         while not there():
-            told = f"{what} did not come in {timeout_sec:.0f} s: {self.job()}\n{self.text()}"
-            assert time.monotonic() < end, told
+            if time.monotonic() > end:
+                late = f"{what} did not come in {timeout_sec:.0f} s"
+                raise AssertionError(f"{late}: {self.job()}\n{self.text()}")
             time.sleep(0.1)
 
     def processes(self, word: str = "dist_train") -> dict[int, dict[str, str]]:

@@ -57,12 +57,28 @@ def test_resnet9_submitted_on_two_nodes(shape: str, user: User, tmp_path: Path) 
     assert (state["slurm"], state["run"], state["step"]) == ("COMPLETED", "finished", 4)
 
 
-def test_a_submitted_job_is_requeued_at_its_word(user: User, tmp_path: Path) -> None:
+def test_a_submitted_job_is_requeued_at_its_word_though_the_controller_dies(
+    user: User, tmp_path: Path
+) -> None:
     config = small(tmp_path / "local", *PACED, "model.args.sec=0.0")
     local = run_ranks(train_with, 1, config, None)[0]
-    job = user.submits(*PACED)
+    # --export=NONE is for the job's script: what that sets is for its ranks.
+    words = ("--snapshot", "--sbatch-arg=--export=NONE", "--setup", "export MINE='a b'")
+    job = user.submits(*words, *PACED)
     job.wait_for_step(8)
+    variables = job.processes()[job.rank(0)]
+    assert variables["MINE"] == "a b"
+    assert variables["PYTHONPATH"].startswith(f"{tmp_path}/jobs/"), "the copy of the code"
+    limit = job.job().end_time
+    assert limit is not None
+    assert variables["DIST_TRAIN_END_TIME"] == str(int(limit))
     user.cluster.run("scancel", "--signal=USR2", job.job_id)
+    with user.cluster.without_controller():
+        job.wait_until(lambda: "SLURM does not answer" in job.text(), "a question")
+        assert job.status()["state"] == "preempted"
+        told = user.types("cancel", job.job_id)
+        assert told.startswith("dist-train: error: SLURM does not answer: "), told
+    job.wait_until(lambda: "SLURM answers again" in job.text(), "an answer")
     assert job.wait_for_end().state == "COMPLETED", job.text()
     assert job.summary()["weights_sha256"] == local["weights_sha256"]
     assert job.steps() == list(range(1, STEPS + 1))
