@@ -77,4 +77,5 @@ def describe(config: Config) -> str:
         ("run folder", str(run_dir_of(config))),
     ]
     lines = [f"*** {text} ***" for text in (data.notice, plan.notice, notice) if text]
-    return "\n".join([*lines, *(f"{name:<14} {value}" for name, value in rows)])
+    shown = [f"{name:<14} {value}" for name, value in rows]
+    return "\n".join([*lines, *data.remarks, *shown])

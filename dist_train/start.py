@@ -44,6 +44,8 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     ranks = run.ranks
     precision, notice = agreed_precision(config, ranks)
     run.warn(data.notice, plan.notice, notice)
+    for remark in data.remarks:
+        run.say(remark)
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))

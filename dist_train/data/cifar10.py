@@ -70,10 +70,14 @@ def load_cifar10(config: DataConfig) -> Source:
         if not config.download and not archive.exists():
             raise UnavailableError(
                 f"CIFAR-10 is not in {folder}: set data.download=true, or data.root to the "
-                f"folder that holds {CIFAR10.base_folder} or {CIFAR10.filename}"
+                f"folder that holds {CIFAR10.base_folder} or {CIFAR10.filename}, or give "
+                "data=synthetic to train on generated images"
             )
         if not archive.exists():
-            _probe(CIFAR10.url)
+            try:
+                _probe(CIFAR10.url)
+            except UnavailableError as error:
+                raise UnavailableError(_no_download(folder, str(error))) from error
         with locked(root, key="data.cache_dir" if config.root is None else "data.root"):
             if not folder.exists():  # another process or node may have made it meanwhile
                 _fetch(root, folder)
@@ -83,7 +87,6 @@ def load_cifar10(config: DataConfig) -> Source:
         classes=tuple(names[CIFAR10.meta["key"]]),
         train=_split(_read(folder, CIFAR10.train_list)),
         test=_split(_read(folder, CIFAR10.test_list)),
-        root=str(root),
     )
 
 
@@ -143,7 +146,8 @@ def _fetch(root: Path, folder: Path) -> None:
             )
         (unpacked / CIFAR10.base_folder).rename(folder)
     except (RuntimeError, TimeoutError, urllib.error.URLError, ConnectionError) as error:
-        raise UnavailableError(_no_download(f"the download failed ({error})")) from error
+        reason = f"the download failed ({error})"
+        raise UnavailableError(_no_download(folder, reason)) from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
 
@@ -169,15 +173,14 @@ def _probe(url: str) -> None:
     thread.start()
     thread.join(PROBE_SEC)
     if failures:
-        raise UnavailableError(
-            _no_download(f"{address[0]}:{address[1]} cannot be reached ({failures[0]})")
-        )
+        raise UnavailableError(f"{address[0]}:{address[1]} cannot be reached ({failures[0]})")
 
 
-def _no_download(reason: str) -> str:
+def _no_download(folder: Path, reason: str) -> str:
     return (
-        f"CIFAR-10 is not on this machine and {reason}: put {CIFAR10.filename} from "
-        f"{CIFAR10.url} into data.root, or use data.name=synthetic"
+        f"CIFAR-10 is not in {folder}, and {reason}: put {CIFAR10.filename} from {CIFAR10.url} "
+        f"into {folder.parent}, set data.root to a folder that holds it, or give data=synthetic "
+        "to train on generated images"
     )
 
 

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config.schema import ConfigError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+from dist_train.data.layouts import (
+    EXTENSIONS,
+    TEST,
+    TRAIN,
+    UNSPLIT,
+    folders_in,
+    has_classes,
+    what_else,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class Folder:
     classes: tuple[str, ...]
     train: list[PictureFile]
     test: list[PictureFile]
+    remarks: tuple[str, ...] = ()  # on what was taken for what
 
 
 def scan_folder(root: str | None) -> Folder:
@@ -45,42 +53,80 @@ def scan_folder(root: str | None) -> Folder:
             f"data.root={root} is not a folder: give the one that holds train/ and test/"
         )
     try:
-        classes = _class_folders(base, "train")
-        test_classes = _class_folders(base, "test")
+        splits = _split_folders(base)
+        classes, test_classes = (_class_folders(base, name) for name in splits)
         unknown = [name for name in test_classes if name not in classes]
         if unknown:
             raise ConfigError(
-                f"{base / 'test' / unknown[0]} is a class that {base / 'train'} lacks: "
+                f"{base / splits[1] / unknown[0]} is a class that {base / splits[0]} lacks: "
                 f"add training pictures of {unknown[0]!r}, or remove the folder"
             )
         label_of = {name: label for label, name in enumerate(classes)}
-        splits = {
-            split: [
+        train, test = (
+            [
                 file
                 for name in names
                 for file in _class_files(base, f"{split}/{name}", label=label_of[name])
             ]
-            for split, names in (("train", classes), ("test", test_classes))
-        }
+            for split, names in zip(splits, (classes, test_classes), strict=True)
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot read {error.filename} ({error.strerror}): check its permissions, or that "
             "a link there leads somewhere"
         ) from error
-    return Folder(root=base, classes=tuple(classes), train=splits["train"], test=splits["test"])
+    remarks = _remarks(base, splits)
+    return Folder(root=base, classes=tuple(classes), train=train, test=test, remarks=remarks)
+
+
+def _split_folders(base: Path) -> tuple[str, str]:
+    """Return the folders for training and for the test: the one that is named so, or can be it."""
+    there, found = folders_in(base), []
+    for split, names in (("train", TRAIN), ("test", TEST)):
+        fit = [name for name in there if name.lower() in names]
+        exact = [name for name in fit if name.lower() == split]
+        fit = exact or fit
+        if len(fit) > 1:
+            raise ConfigError(
+                f"{base} has no {split}/, and both {fit[0]}/ and {fit[1]}/ could be it: rename "
+                f"one of them to {split}"
+            )
+        found.append(fit[0] if fit else None)
+    train, test = found
+    if train is not None and test is not None:
+        return train, test
+    missing = base / ("train" if train is None else "test")
+    rule = "data.root must hold train/<class>/ and test/<class>/"
+    hint = what_else(base)
+    if hint is None and train is None and test is None and has_classes(base):
+        hint = UNSPLIT
+    if hint is not None:
+        raise ConfigError(f"{missing} is missing ({rule}), but {hint}")
+    raise ConfigError(f"{missing} is missing: {rule}")
+
+
+def _remarks(base: Path, splits: tuple[str, str]) -> tuple[str, ...]:
+    train, test = splits
+    remarks = [
+        f"{base / name} is taken for {split}/"
+        for name, split in ((train, "train"), (test, "test"))
+        if name.lower() != split
+    ]
+    unused = [name for name in folders_in(base) if name.lower() in TEST and name != test]
+    remarks += [
+        f"{base / name} is not used: the test is {test}/, and what is validated on is split off "
+        f"{train}/ (data.val_fraction)"
+        for name in unused
+    ]
+    return tuple(remarks)
 
 
 def _class_folders(base: Path, split: str) -> list[str]:
-    folder = base / split
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is missing: data.root must hold train/<class>/ and test/<class>/"
-        )
-    with os.scandir(folder) as entries:
+    with os.scandir(base / split) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise ConfigError(
-            f"{folder} has no class folders: put the pictures of each class into "
+            f"{base / split} has no class folders: put the pictures of each class into "
             f"{split}/<class>/ of their own"
         )
     return names
@@ -93,7 +139,13 @@ def _class_files(base: Path, folder: str, *, label: int) -> list[PictureFile]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.name.lower().endswith(EXTENSIONS) or entry.is_dir():
+            if entry.is_dir():
+                raise ConfigError(
+                    f"{entry.path} is a folder inside the class folder {folder}: a class is one "
+                    "folder with nothing but its pictures: move them up into it, or the inner "
+                    "folder beside it as a class of its own"
+                )
+            if not entry.name.lower().endswith(EXTENSIONS):
                 raise ConfigError(
                     f"{entry.path} is no picture ({' '.join(EXTENSIONS)}): "
                     "remove it from the class folder"

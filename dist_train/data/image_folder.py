@@ -46,7 +46,7 @@ def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
             rows = verified.pixels[first_row : first_row + len(files)]
             splits[split] = Pictures(images=rows, labels=_labels(files))
         first_row += len(files)
-    return Source(name="image_folder", classes=folder.classes, root=str(folder.root), **splits)
+    return Source(name="image_folder", classes=folder.classes, remarks=folder.remarks, **splits)
 
 
 def _max_bytes(config: DataConfig) -> int:

@@ -19,6 +19,8 @@ from dist_train.data.worker_loader import WorkerLoader
 from dist_train.distributed import Ranks
 from dist_train.order import GlobalOrderSampler, seed_of
 
+WITH_STAND_IN = ("quickstart",)  # experiments that generated images will do for
+
 
 class Loader(Protocol):
     """What the loop needs of a data path."""
@@ -46,6 +48,7 @@ class Data:
     name: str  # `dataset` of every result
     classes: tuple[str, ...]
     notice: str | None
+    remarks: tuple[str, ...]
     num_train: int
     num_val: int
     num_test: int
@@ -91,13 +94,15 @@ def open_data(config: Config, ranks: Ranks, *, say: Callable[[str], None] | None
         if line is not None and ranks.rank == 0:
             (say or _to_stderr)(line)
 
-    source = take_turns(lambda: load_source(config.data, sign))
-    names = ranks.gather((source.name, len(source.train), len(source.test)))
+    may_stand_in = config.experiment in WITH_STAND_IN
+    source = take_turns(lambda: load_source(config.data, sign, may_stand_in=may_stand_in))
+    how = "in memory" if isinstance(source.train, Pictures) else "through workers"
+    names = ranks.gather((source.name, len(source.train), len(source.test), how))
     odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if odd is not None:
         raise ConfigError(
             f"rank {odd} sees other data {names[odd]} than rank 0 {names[0]}: give every node the "
-            "same files (data.root), or set data.name so that none falls back"
+            "same files (data.root), and set data.name"
         )
     train, val = split_indices(len(source.train), config.data.val_fraction, config.seed)
     return ranks.together(lambda: _make(config, source, train, val, ranks))
@@ -135,6 +140,7 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         name=source.name,
         classes=source.classes,
         notice=source.notice,
+        remarks=source.remarks,
         num_train=len(train),
         num_val=len(val),
         num_test=len(test),

@@ -7,6 +7,7 @@ from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, unseen
 from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
 from dist_train.data.image_folder import load_image_folder
+from dist_train.data.layouts import source_of
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
 from dist_train.data.synthetic import load_synthetic
@@ -16,16 +17,19 @@ from dist_train.data.worker_dataset import ArrayItems, WorkerPictures
 NAMES = ("auto", "cifar10", "image_folder", "synthetic")
 
 
-def load_source(config: DataConfig, sign: SignOfLife = unseen) -> Source:
+def load_source(
+    config: DataConfig, sign: SignOfLife = unseen, *, may_stand_in: bool = False
+) -> Source:
     """Load the pictures that `data.name` means; may download and decode.
 
-    Call it in one process of a node before the others if `needs_a_first`. `auto` is CIFAR-10 if it
-    is there or can be downloaded, else the synthetic stand-in: nodes may differ in that, so compare
-    names.
+    Call it in one process of a node before the others if `needs_a_first`. Nodes may differ in what
+    they find: compare names.
 
     Args:
         config: which source, and where.
         sign: called while pictures are decoded, by this process or the one that it waits for.
+        may_stand_in: take generated pictures, with a notice, where CIFAR-10 is what no data.root
+            is given for, and cannot be had.
 
     Raises:
         ConfigError: anything wrong with the name, the files or the labels, in one line.
@@ -35,7 +39,13 @@ def load_source(config: DataConfig, sign: SignOfLife = unseen) -> Source:
             f"data.name={config.name} takes no data.args (given: {', '.join(config.args)}): "
             "remove them"
         )
-    source = _load(config, sign)
+    try:
+        source = _load(config, sign)
+    except UnavailableError as error:
+        if not may_stand_in or config.name != "auto" or config.root is not None:
+            raise
+        notice = f"NOT CIFAR-10 but generated images: {error}"
+        source = load_synthetic(config, notice=notice)
     for split, pictures in (("train", source.train), ("test", source.test)):
         if isinstance(pictures, Pictures):
             _check(pictures, f"{source.name} ({split})", num_classes=source.num_classes)
@@ -47,7 +57,7 @@ def load_source(config: DataConfig, sign: SignOfLife = unseen) -> Source:
         train=_through_workers(source.train, config, num_classes=source.num_classes),
         test=_through_workers(source.test, config, num_classes=source.num_classes),
         notice=source.notice,
-        root=source.root,
+        remarks=source.remarks,
     )
 
 
@@ -57,22 +67,17 @@ def needs_a_first(config: DataConfig) -> bool:
     It should where something is downloaded, and where the user's own code may not expect company;
     whoever decodes pictures holds a lock meanwhile.
     """
-    if config.name in ("auto", "cifar10"):
+    name = source_of(config)
+    if name == "cifar10":
         return not is_unpacked(config)
-    return ":" in config.name
+    return ":" in name
 
 
 def _load(config: DataConfig, sign: SignOfLife) -> Source:
-    if ":" in config.name:
+    name = source_of(config)
+    if ":" in name:
         return load_user_source(config)
-    match config.name:
-        case "auto":
-            try:
-                return load_cifar10(config)
-            except UnavailableError as error:
-                return load_synthetic(
-                    config, notice=f"NOT CIFAR-10 but generated pictures: {error}"
-                )
+    match name:
         case "cifar10":
             return load_cifar10(config)
         case "image_folder":
@@ -80,8 +85,8 @@ def _load(config: DataConfig, sign: SignOfLife) -> Source:
         case "synthetic":
             return load_synthetic(config)
     raise ConfigError(
-        f"data.name={config.name} is none of {', '.join(NAMES)} or package.module:callable"
-        f"{nearest(config.name, NAMES)}"
+        f"data.name={name} is none of {', '.join(NAMES)} or package.module:callable"
+        f"{nearest(name, NAMES)}"
     )
 
 

@@ -15,7 +15,7 @@ class Source:
     train: Pictures | WorkerPictures
     test: Pictures | WorkerPictures
     notice: str | None = None  # a sentence that the user must see
-    root: str | None = None  # where the files are
+    remarks: tuple[str, ...] = ()  # what else to say, in sentences: what was taken for what
 
     @property
     def num_classes(self) -> int:

@@ -5,46 +5,70 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
+import torch
 
 from dist_train.config.importing import import_callable, raised_where
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
-from dist_train.data.worker_dataset import WorkerPictures
+from dist_train.data.torchvision_sets import FOLDERS, NUM_CLASSES, SPLITS, own_name
+from dist_train.data.whole_arrays import whole_arrays
+from dist_train.data.worker_dataset import Items, WorkerPictures
+
+LABELS = ("targets", "labels", "_labels")  # where data sets keep them, torchvision's among them
 
 
 def load_user_source(config: DataConfig) -> Source:
     """Call `data.name` as callable(root=, download=, train=, **data.args) for each split.
 
-    `root` and `download` are passed only if the callable names them. uint8 pictures that the
-    data set keeps whole in `.data` and `.targets`, as torchvision's CIFAR10 and MNIST do, are
-    taken into memory if it has no transform; anything else goes through workers.
+    `root` and `download` are passed only if the callable names them; one that names `split` and no
+    `train`, as some of torchvision's, gets the splits' names. Pictures are taken into memory as
+    whole_arrays says; anything else goes through workers, both splits alike.
 
     Raises:
         ConfigError: it does not import, cannot be called so, fails, or returns no data set.
     """
     factory = import_callable(config.name, "data.name")
-    train, test = (_call(factory, config, train=train) for train in (True, False))
+    splits, remarks = _splits(factory, config)
+    train, test = (_call(factory, config, split) for split in splits)
     classes = _classes(train, config.name)
     if list(_classes_given(test) or classes) != list(classes):
         raise ConfigError(
             f"data.name={config.name}: .classes differ between train=True and train=False: "
             "give both the same list"
         )
+    pictures, told = _pictures(train, test, config, num_classes=len(classes))
     return Source(
         name=config.name,
         classes=classes,
-        train=_split(train, config, num_classes=len(classes)),
-        test=_split(test, config, num_classes=len(classes)),
-        root=config.root,
+        remarks=(*remarks, f"{config.name}: {told}"),
+        train=pictures["train"],
+        test=pictures["test"],
     )
 
 
-def _call(factory: Callable[..., Any], config: DataConfig, *, train: bool) -> Any:
+def _splits(
+    factory: Callable[..., Any], config: DataConfig
+) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[str, ...]]:
+    """Return what chooses each split in a call, and what to say of it."""
+    parameters = inspect.signature(factory).parameters
+    own = own_name(factory)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "train" in parameters or "split" not in parameters or (takes_any and own not in SPLITS):
+        return ({"train": True}, {"train": False}), ()
+    if "split" in config.args:
+        raise ConfigError(
+            f"data.args.split={config.args['split']} would be the split of training and test: "
+            "remove it, both are chosen here"
+        )
+    train, test = SPLITS.get(own or "", ("train", "test"))
+    remark = f"{config.name}: split={train} is trained on, split={test} is the test"
+    return ({"split": train}, {"split": test}), (remark,)
+
+
+def _call(factory: Callable[..., Any], config: DataConfig, split: dict[str, Any]) -> Any:
     """Make one split, passing what the signature asks for."""
-    arguments: dict[str, Any] = {"train": train, **config.args}
+    arguments: dict[str, Any] = {**split, **config.args}
     signature = inspect.signature(factory)
     root = signature.parameters.get("root")
     if root is not None and config.root is not None:
@@ -57,9 +81,11 @@ def _call(factory: Callable[..., Any], config: DataConfig, *, train: bool) -> An
     try:
         signature.bind(**arguments)
     except TypeError as error:
+        cure = "change data.args, or let it take train=True or False"
+        if own_name(factory) in FOLDERS:
+            cure = "data.name=image_folder reads folders of class folders"
         raise ConfigError(
-            f"data.name={config.name} cannot be called with ({shown}): {error}: "
-            "change data.args, or let it take train=True or False"
+            f"data.name={config.name} cannot be called with ({shown}): {error}: {cure}"
         ) from error
     try:
         dataset = factory(**arguments)
@@ -88,8 +114,9 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...]:
     given = _classes_given(dataset)
     if given is not None:
         return tuple(given)
-    num_classes = getattr(dataset, "num_classes", None)
-    targets = getattr(dataset, "targets", None)
+    known = NUM_CLASSES.get(own_name(type(dataset)) or "")
+    num_classes = getattr(dataset, "num_classes", known)
+    targets = next((t for n in LABELS if (t := getattr(dataset, n, None)) is not None), None)
     if num_classes is None and targets is not None:
         num_classes = int(np.max(np.asarray(targets))) + 1
     if num_classes is None:
@@ -100,44 +127,49 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...]:
     return tuple(str(label) for label in range(num_classes))
 
 
-def _split(dataset: Any, config: DataConfig, *, num_classes: int) -> Pictures | WorkerPictures:
-    pictures = _in_memory(dataset)
-    if pictures is not None:
-        return pictures
-    if config.loader == "memory":
-        raise ConfigError(
-            f"data.loader=memory needs uint8 pictures in .data, labels in .targets and no "
-            f"transform, which {config.name} lacks: use data.loader=workers"
+def _pictures(
+    train: Any, test: Any, config: DataConfig, *, num_classes: int
+) -> tuple[dict[str, Pictures | WorkerPictures], str]:
+    """Return both splits, in memory or through workers, and a sentence that says which and why."""
+    whole = {"train": whole_arrays(train), "test": whole_arrays(test)}
+    for split, found in whole.items():
+        if isinstance(found, Pictures):
+            continue
+        reason = f"of the {split} split: {found}"
+        if config.loader == "memory":
+            raise ConfigError(
+                f"data.loader=memory cannot take {config.name}, because {reason}: use "
+                "data.loader=workers"
+            )
+        pair = {
+            name: WorkerPictures(AsTensors(split), config, num_classes=num_classes)
+            for name, split in (("train", train), ("test", test))
+        }
+        return {**pair}, (
+            f"images go through workers, to data.image_size={config.image_size} (float tensors as "
+            f"they are), because {reason}"
         )
-    return WorkerPictures(dataset, config, num_classes=num_classes)
+    arrays = {name: found for name, found in whole.items() if isinstance(found, Pictures)}
+    return {**arrays}, "images are taken whole from .data and .targets, of which the items are rows"
 
 
-def _in_memory(dataset: Any) -> Pictures | None:
-    """Take .data and .targets, if they are what the data set's items are made of."""
-    if any(
-        getattr(dataset, name, None) is not None
-        for name in ("transform", "transforms", "target_transform")
-    ):
-        return None
-    data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
-    if not isinstance(data, np.ndarray | Tensor) or targets is None:
-        return None
-    images, labels = np.asarray(data), np.asarray(targets)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] > 4:
-        return None
-    if len(images) == len(labels) == len(dataset):
-        for index in (0, len(dataset) - 1):
-            if not _is_item(dataset[index], images[index], labels[index]):
-                return None  # __getitem__ does something of its own
-    return Pictures(images=images, labels=labels)
+class AsTensors:
+    """A data set whose uint8 arrays of (height, width) or (height, width, channels) are tensors."""
 
+    def __init__(self, items: Items) -> None:
+        self._items = items
 
-def _is_item(item: Any, image: np.ndarray, label: np.integer) -> bool:
-    picture = item[0]
-    return (
-        isinstance(picture, Image.Image | np.ndarray | Tensor)
-        and np.array_equal(np.asarray(picture).reshape(-1), image.reshape(-1))
-        and bool(item[1] == label)
-    )
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int, /) -> Any:
+        item = self._items[index]
+        if not (isinstance(item, tuple | list) and len(item) == 2):
+            return item
+        image = item[0]
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
+            return item
+        pixels = image[..., None] if image.ndim == 2 else image
+        if pixels.shape[-1] > 4:
+            return item
+        return torch.tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1))), item[1]

@@ -9,16 +9,20 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dist_train.config.compose import compose
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import cifar10, synthetic
 from dist_train.data.cifar10 import CIFAR10
+from dist_train.data.loaders import open_data
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
 from dist_train.data.splits import Source
+from dist_train.distributed import single_process
 
 NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
@@ -154,27 +158,54 @@ def test_an_archive_in_the_root_is_unpacked_without_network(tmp_path: Path, serv
     assert len(load(tmp_path).train) == 20
 
 
+@pytest.mark.parametrize("name", ["cifar10", "auto"])
 @pytest.mark.usefixtures("no_network")
-def test_no_network_is_an_error_for_cifar10(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1 cannot be reached .*data\.root"):
-        load(tmp_path, download=True)
+def test_no_network_is_an_error_that_names_folder_and_download(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "root" / CIFAR10.base_folder
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, name=name, download=True)
+    told = str(raised.value)
+    assert told.startswith(f"CIFAR-10 is not in {folder}, and 127.0.0.1:1 cannot be reached (")
+    assert f"put {CIFAR10.filename} from {CIFAR10.url} into {folder.parent}" in told
+    assert "data=synthetic" in told
+    assert "\n" not in told
 
 
-@pytest.mark.usefixtures("no_network")
-def test_no_network_is_synthetic_with_a_notice_for_auto(tmp_path: Path) -> None:
-    source = load(tmp_path, name="auto", download=True)
-    assert source.name == "synthetic"
-    assert source.notice is not None
-    assert "NOT CIFAR-10" in source.notice
-
-
-def test_a_failing_server_is_synthetic_with_the_reason_for_auto(
-    tmp_path: Path, server: Path
+@pytest.mark.parametrize("name", ["cifar10", "auto"])
+def test_a_failing_server_is_an_error_with_the_reason(
+    tmp_path: Path, server: Path, name: str
 ) -> None:
     (server / CIFAR10.filename).unlink()
-    source = load(tmp_path, name="auto", download=True)
+    with pytest.raises(ConfigError, match=r"the download failed \(.*404.*put cifar-10-python"):
+        load(tmp_path, name=name, download=True)
+
+
+@pytest.mark.parametrize("download", [True, False])
+@pytest.mark.usefixtures("no_network")
+def test_generated_images_stand_in_only_where_they_may(tmp_path: Path, download: bool) -> None:
+    def stood_in(**settings: Any) -> Source:
+        fields = {"name": "auto", "download": download, "cache_dir": str(tmp_path), **settings}
+        return load_source(DataConfig(**fields), may_stand_in=True)
+
+    source = stood_in()
     assert source.name == "synthetic"
-    assert "404" in str(source.notice)
+    assert f"NOT CIFAR-10 but generated images: CIFAR-10 is not in {tmp_path}" in str(source.notice)
+    for settings in ({"name": "cifar10"}, {"root": str(tmp_path / "root")}):
+        with pytest.raises(ConfigError, match="CIFAR-10 is not in"):
+            stood_in(**settings)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_only_the_first_run_trains_on_generated_images_without_being_asked(tmp_path: Path) -> None:
+    def trained_on(asked: str) -> str:
+        words = [asked, f"data.cache_dir={tmp_path}", "device=cpu"]
+        return open_data(compose(words).config, single_process()).name
+
+    for asked in ("experiment=quickstart", "data=synthetic"):
+        assert trained_on(asked) == "synthetic"
+    for experiment in ("cifar10_resnet9", "cifar10_tutorial", "cifar10_speed"):
+        with pytest.raises(ConfigError, match=f"CIFAR-10 is not in {tmp_path}/datasets/cifar-10-"):
+            trained_on(f"experiment={experiment}")
 
 
 def test_a_silent_host_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,19 @@
 """A user's own data set by import path, and what is said when it cannot be used."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dist_train.config.importing import import_callable
 from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.data import torchvision_sets, whole_arrays
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
 from dist_train.data.splits import Source
@@ -53,6 +56,63 @@ class Rooted(Whole):
     def __init__(self, root, train=True, download=False):
         calls.append(dict(root=root, download=download))
         super().__init__(train)
+
+class Half(Whole):
+    def __init__(self, train): super().__init__(train, size=8)
+    def __len__(self): return 4
+
+class Noisy(Whole):  # another label, but for the first and the last
+    def __init__(self, train): super().__init__(train, size=8)
+    def __getitem__(self, index):
+        return self.data[index], self.targets[index] + (index == 3)
+
+class Chosen:  # passes on whatever it does not have
+    def __init__(self, train): self.base = Marked(train)
+    def __len__(self): return 2
+    def __getitem__(self, index): return self.base[index + 1]
+    def __getattr__(self, name): return getattr(self.base, name)
+
+class Repeated(Chosen):
+    def __len__(self): return 4
+    def __getitem__(self, index): return self.base[index // 2]
+
+class Rarely(Whole):  # draws a number for each item, and changes nothing as a rule
+    def __getitem__(self, index):
+        image = self.data[index]
+        return (image if np.random.rand() > 1e-9 else image[::-1]), self.targets[index]
+
+class Floats(Whole):
+    def __getitem__(self, index): return torch.tensor(self.data[index]).float(), self.targets[index]
+
+class Planes(Whole):
+    def __init__(self, train): super().__init__(train, shape=(6, 5, 3))
+    def __getitem__(self, index):
+        return torch.tensor(self.data[index]).permute(2, 0, 1), self.targets[index]
+
+class Marked(Whole):
+    items_are_data = True
+    def __getitem__(self, index): raise RuntimeError("not to be asked")
+
+class OfMarked(Marked):
+    def __getitem__(self, index): return self.data[index] // 2, self.targets[index]
+
+class InTraining(Whole):
+    def __init__(self, train):
+        super().__init__(train)
+        self.transform = np.flipud if train else None
+    def __getitem__(self, index):
+        image = self.data[index]
+        return Image.fromarray(self.transform(image) if self.transform else image), 1
+
+class InTest(Whole):
+    def __init__(self, train):
+        super().__init__(train)
+        self.target_transform = None if train else str
+
+class Splits(Whole):
+    def __init__(self, split):
+        calls.append(split)
+        super().__init__(split == "train")
 
 class Lazy:
     num_classes = 3
@@ -123,10 +183,101 @@ def test_tensors_become_pictures_and_classes_are_kept() -> None:
     assert source.classes == ("a", "b", "c", "d")
 
 
-@pytest.mark.parametrize("name", ["Transformed", "Overridden", "Lazy"])
-def test_anything_else_goes_through_workers(name: str) -> None:
-    assert isinstance(load(name).train, WorkerPictures)
-    assert "loader=workers" in refusal(name, loader="memory")
+@pytest.mark.parametrize("name", ["Whole", "Tensors", "Planes", "Marked"])
+def test_arrays_are_taken_whole_where_the_items_are_their_rows(name: str) -> None:
+    source = load(name)
+    assert isinstance(source.train, Pictures)
+    assert isinstance(source.test, Pictures)
+    assert "taken whole from .data and .targets" in source.remarks[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Transformed", "of the train split: it has a transform"),
+        ("InTraining", "of the train split: it has a transform"),
+        ("InTest", "of the test split: it has a transform"),
+        ("Overridden", "its item 0 is not (.data[0], .targets[0])"),
+        ("Noisy", "its item 3 is not (.data[3], .targets[3])"),
+        ("OfMarked", "its item 0 is not"),
+        ("Floats", "its item 0 is not"),
+        ("Half", "it has 4 items, and .data 8"),
+        ("Chosen", "it has 2 items, and .data 4"),
+        ("Repeated", "its item cannot be compared with .data (RuntimeError)"),
+        ("Rarely", "its items draw random numbers"),
+        ("Lazy", "does not keep its images in an array .data"),
+    ],
+)
+def test_anything_else_goes_through_workers_both_splits_alike(name: str, why: str) -> None:
+    source = load(name)
+    assert isinstance(source.train, WorkerPictures)
+    assert isinstance(source.test, WorkerPictures)
+    assert "go through workers, to data.image_size=224" in source.remarks[-1]
+    assert why in source.remarks[-1]
+    told = refusal(name, loader="memory")
+    assert why in told
+    assert "use data.loader=workers" in told
+
+
+def test_items_that_draw_random_numbers_leave_the_generators_as_they_were() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected = (torch.rand(2).tolist(), np.random.rand())
+    torch.manual_seed(1)
+    np.random.seed(1)
+    load("Rarely")
+    assert (torch.rand(2).tolist(), np.random.rand()) == expected
+
+
+def test_too_many_items_to_compare_go_through_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_arrays, "MOST_COMPARED", 3)
+    assert "4 items are too many to compare" in load("Whole").remarks[-1]
+    assert "items_are_data = True" in load("Whole").remarks[-1]
+    assert isinstance(load("Marked").train, Pictures)
+
+
+def test_arrays_of_a_users_items_reach_the_worker_path_as_tensors() -> None:
+    source = load("Noisy", image_size=8)
+    assert isinstance(source.train, WorkerPictures)
+    image, label = source.train[3, None]
+    assert (image.shape, image.dtype, label) == ((1, 8, 8), torch.uint8, 1)
+
+
+def test_a_callable_that_names_split_gets_the_names_of_the_splits() -> None:
+    source = load("Splits")
+    assert sys.modules["own_data"].calls[-4:-1:2] == ["train", "test"]
+    assert "split=train is trained on, split=test is the test" in source.remarks[0]
+    assert "data.args.split=train would be the split of" in refusal(
+        "Splits", args={"split": "train"}
+    )
+
+
+def test_torchvisions_splits_are_those_that_its_classes_take() -> None:
+    from torchvision import datasets
+
+    for name, (train, test) in torchvision_sets.SPLITS.items():
+        source = inspect.getsource(inspect.getmodule(getattr(datasets, name)) or datasets)
+        assert f'"{train}"' in source, name
+        assert f'"{test}"' in source, name
+    for name in torchvision_sets.ARRAYS:
+        assert torchvision_sets.own_name(getattr(datasets, name)) == name
+
+
+@pytest.mark.parametrize("name", ["SVHN", "STL10"])
+def test_torchvisions_planes_become_pictures(name: str) -> None:
+    from torchvision import datasets
+
+    made = object.__new__(getattr(datasets, name))
+    made.transform, made.target_transform, made.transforms = None, None, None
+    made.data = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    made.labels = np.array([1, 0])
+    found = whole_arrays.whole_arrays(made)
+    assert isinstance(found, Pictures)
+    image, label = made[1]
+    np.testing.assert_array_equal(found.images[1], np.asarray(image))
+    assert found.labels[1] == label
+    made.__class__ = type("Mine", (type(made),), {"__getitem__": lambda *_: (image, 0)})
+    assert isinstance(whole_arrays.whole_arrays(made), str), "a subclass may do anything"
 
 
 def test_root_and_download_are_passed_only_if_asked_for(tmp_path: Path) -> None:
@@ -141,6 +292,8 @@ def test_torchvision_data_sets_fit_the_contract() -> None:
     name = "torchvision.datasets:FakeData"  # takes no train
     with pytest.raises(ConfigError, match="unexpected keyword argument 'train'"):
         load_source(DataConfig(name=name))
+    with pytest.raises(ConfigError, match=r"data\.name=image_folder reads"):
+        load_source(DataConfig(name="torchvision.datasets:ImageFolder", root="."))
     with pytest.raises(ConfigError, match="RuntimeError: Dataset not found"):
         load_source(DataConfig(name="torchvision.datasets:MNIST", root=".", download=False))
 
