@@ -37,9 +37,9 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         words = ["experiment=cifar10_speed", f"seed={seed}", f"run_dir={run_dir}"]
-        words += [f"data.root={options.data}", *options.words]
         if (Path(options.data) / "train").is_dir():
-            words.append("data.name=image_folder")
+            words += ["data.name=image_folder", "data.augment=standard"]
+        words += [f"data.root={options.data}", *options.words]
         command = [sys.executable, "-m", "launch.cli", "run", f"--nproc={options.nproc}"]
         begun = time.time()
         subprocess.run([*command, *words], check=True, stdout=sys.stderr)

@@ -6,6 +6,7 @@ import torch
 
 from dist_train.build import build_model, checked_logits, precision_in_force
 from dist_train.config import Config
+from dist_train.config.augmentation import hint
 from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
 from dist_train.data.loaders import open_data
@@ -56,6 +57,7 @@ def describe(config: Config) -> str:
             f"{data.name}: {data.num_train:,} train, {data.num_val:,} val, "
             f"{data.num_test:,} test, {data.num_classes} classes",
         ),
+        ("augmentation", data.augmentation + hint(config.data, data.name)),
         ("global batch", f"{plan.global_batch_size} (at most {last - first} a rank)"),
         ("micro-batch", f"{micro} ({len(pieces)} accumulated)" + found_later),
         (

@@ -16,6 +16,7 @@ from dist_train.build import (
     compile_in_place,
 )
 from dist_train.config import Config
+from dist_train.config.augmentation import hint
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
@@ -46,6 +47,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     run.warn(data.notice, plan.notice, notice)
     for remark in data.remarks:
         run.say(remark)
+    run.say(f"augmentation: {data.augmentation}{hint(config.data, data.name)}")
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))

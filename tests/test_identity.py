@@ -37,6 +37,7 @@ IN_HASH = {
     "data.val_fraction": 0.2,
     "data.loader": "workers",
     "data.image_size": 64,
+    "data.augment": "none",
     "data.crop_padding": 1,
     "data.flip": False,
     "data.cutout": 2,

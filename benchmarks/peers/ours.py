@@ -93,6 +93,8 @@ def ours(job: Job) -> dict[str, Tensor]:
             name="ready-made",
             classes=tuple(str(label) for label in range(NUM_CLASSES)),
             notice=None,
+            remarks=(),
+            augmentation="none",
             num_train=97 * size,
             num_val=0,
             num_test=size,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dist_train.config.augmentation import in_force
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import flatten
 
@@ -91,7 +92,7 @@ def check(config: Config) -> None:
             "optim.name=muon cannot skip a step on the device, which guards.lag=1 needs: set "
             "guards.lag=0"
         )
-    if data.flip == "alternating" and data.loader == "workers":
+    if data.loader == "workers" and in_force(data, data.name).flip == "alternating":
         raise ConfigError(
             "data.flip=alternating is for pictures in memory: set data.flip=true, or "
             "data.loader=memory"

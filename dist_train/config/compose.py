@@ -3,6 +3,7 @@
 No `@hydra.main`: nothing is written, the working directory stays, nothing is instantiated.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dist_train.config.augmentation import with_own_parts
 from dist_train.config.check import check
 from dist_train.config.earlier import filled
 from dist_train.config.overrides import parse_override, quoted
@@ -67,7 +69,8 @@ def compose(
     parsed = [_parsed(o, groups, config_file) for o in overrides]
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=plain(Config()))
-    store.store(name="main", node=_main(groups, config_file))
+    main = _main(groups, config_file)
+    store.store(name="main", node=main)
     GlobalHydra.instance().clear()
     searchpath = f"hydra.searchpath=[{quoted(f'file://{folders[-1].resolve()}')}]"
     try:
@@ -85,13 +88,16 @@ def compose(
     raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(values))  # type: ignore[assignment] # a mapping
     _replace_whole_mappings(raw, parsed)
     _refuse_resolvers(raw)
-    if "experiment" in groups and composed.hydra.runtime.choices.get("experiment"):
-        raw["experiment"] = composed.hydra.runtime.choices.experiment
+    choices = composed.hydra.runtime.choices
+    if "experiment" in groups and choices.get("experiment"):
+        raw["experiment"] = choices.experiment
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
         config = build(Config, resolved)  # type: ignore[arg-type] # a mapping
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    own = {o.key_or_group for o in parsed} | _own_keys(choices, config_dir, main)
+    config = with_own_parts(config, own)
     check(config)
     learn(config)
     return Composed(config=config, origins=origins)
@@ -210,6 +216,25 @@ def _refuse_resolvers(values: Any, key: str = "") -> None:
             f"{key}: {values} reads the environment, the time or a file; "
             f"only ${{other.key}} is allowed. Let the shell fill it in: {key}=$VALUE"
         )
+
+
+def _own_keys(
+    choices: Mapping[str, str], config_dir: Path | None, main: dict[str, Any]
+) -> set[str]:
+    """Return the dotted keys that the user's own files set, and not one of those here.
+
+    Of a --config, whose values `main` holds, none where it names data.augment: it is decided there.
+    """
+    keys = set(_dotted(OmegaConf.create({k: v for k, v in main.items() if k != "defaults"})))
+    if "data.augment" in keys:
+        return set()
+    for group, choice in choices.items() if config_dir is not None else ():
+        folder, _, package = group.partition("@")
+        path = Path(config_dir or "", folder, f"{choice}.yaml")
+        if path.is_file():
+            found = _dotted(OmegaConf.load(path))
+            keys |= {*found, *(f"{package or folder}.{key}" for key in found)}
+    return keys
 
 
 def _origins(

@@ -66,6 +66,8 @@ def config_hash(config: Config) -> str:
     """
     later = later_defaults()
     settings = hashed_settings(config)
+    if config.data.name == "auto" and "auto" in config.data.augment:
+        del settings["data.augment"]  # what it adds is for a data.root that is no CIFAR-10
     return _digest({k: v for k, v in settings.items() if k not in later or v != plain(later[k])})
 
 

@@ -66,6 +66,13 @@ class DataConfig:
     cache_dir: str | None = None  # decoded pictures; None: ~/.cache/dist_train
     num_workers: int = 2  # per rank, for loader=workers
     image_size: int = 224  # for loader=workers: the side of a training crop
+    # What training images get. auto: CIFAR-10 and generated images what the settings below say, any
+    # other data what the command or the user's own files set of them, else nothing; standard: what
+    # the settings say (images of many sizes: random-resized crop, and flip); none; or a list of
+    # parts. The three after cutout hold wherever they are set, but with none.
+    augment: (
+        Literal["auto", "none", "standard"] | tuple[Literal["auto", "crop", "flip", "cutout"], ...]
+    ) = "auto"
     crop_padding: int = 4  # random crop after reflection padding, pixels a side; 0: off
     # Left and right: each time by chance, or every picture in turns, the first time by chance.
     flip: bool | Literal["alternating"] = True

@@ -99,7 +99,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if value in words and others:
             return value
         if words and others and isinstance(value, str):
-            raise _wrong(key, value, f"{_NAMES[others[0]]} or {' or '.join(words)}")
+            raise _wrong(key, value, f"{_NAMES.get(others[0], 'a list')} or {' or '.join(words)}")
         return convert((others or inner)[0], value, key)
     if origin is Literal:
         if value in get_args(hint):

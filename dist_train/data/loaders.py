@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.augmentation import described, in_force
 from dist_train.data.batch import Batch
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
@@ -49,6 +50,7 @@ class Data:
     classes: tuple[str, ...]
     notice: str | None
     remarks: tuple[str, ...]
+    augmentation: str  # what is done to training images
     num_train: int
     num_val: int
     num_test: int
@@ -117,6 +119,8 @@ def split_indices(num: int, val_fraction: float, seed: int) -> tuple[np.ndarray,
 
 def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ranks: Ranks) -> Data:
     test = np.arange(len(source.test))
+    settled = in_force(config.data, source.name)
+    in_memory = isinstance(source.train, Pictures) and isinstance(source.test, Pictures)
     if isinstance(source.train, Pictures) and isinstance(source.test, Pictures):
         if source.train.images.shape[1:] != source.test.images.shape[1:]:
             raise ConfigError(
@@ -125,9 +129,14 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
                 "data.loader=workers, which brings them to one size"
             )
         pictures = {"val": (source.train, val), "test": (source.test, test)}
-        loader: Loader = MemoryLoader(source.train, pictures, train, config.data, ranks.device)
+        if settled.randaugment:
+            raise ConfigError(
+                f"data.randaugment=true works on single images, and {source.name} is in memory: "
+                "set data.loader=workers, or data.randaugment=false"
+            )
+        loader: Loader = MemoryLoader(source.train, pictures, train, settled, ranks.device)
     else:
-        if config.data.flip == "alternating":
+        if settled.flip == "alternating":
             raise ConfigError(
                 f"data.flip=alternating is for pictures in memory, and {source.name} goes through "
                 "workers: set data.flip=true"
@@ -135,12 +144,13 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         assert isinstance(source.train, WorkerPictures)
         assert isinstance(source.test, WorkerPictures)
         parts = {"val": (source.train, val), "test": (source.test, test)}
-        loader = WorkerLoader(source.train, parts, train, config.data, ranks.device)
+        loader = WorkerLoader(source.train, parts, train, settled, ranks.device)
     return Data(
         name=source.name,
         classes=source.classes,
         notice=source.notice,
         remarks=source.remarks,
+        augmentation=described(settled, in_memory=in_memory),
         num_train=len(train),
         num_val=len(val),
         num_test=len(test),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dist_train.config.augmentation import in_force
 from dist_train.config.importing import nearest
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, unseen
@@ -51,11 +52,12 @@ def load_source(
             _check(pictures, f"{source.name} ({split})", num_classes=source.num_classes)
     if config.loader != "workers":
         return source
+    settled = in_force(config, source.name)
     return Source(
         name=source.name,
         classes=source.classes,
-        train=_through_workers(source.train, config, num_classes=source.num_classes),
-        test=_through_workers(source.test, config, num_classes=source.num_classes),
+        train=_through_workers(source.train, settled, num_classes=source.num_classes),
+        test=_through_workers(source.test, settled, num_classes=source.num_classes),
         notice=source.notice,
         remarks=source.remarks,
     )
@@ -75,6 +77,7 @@ def needs_a_first(config: DataConfig) -> bool:
 
 def _load(config: DataConfig, sign: SignOfLife) -> Source:
     name = source_of(config)
+    config = in_force(config, name)
     if ":" in name:
         return load_user_source(config)
     match name:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_train.config.augmentation import parts_in_force
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.decode import read_rgb, why_unreadable
 from dist_train.data.folder_scan import PictureFile
@@ -76,19 +77,17 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         self._items = items
         self._num_classes = num_classes
         size = config.image_size
-        training: list[torch.nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]
-        if config.flip:
+        parts = parts_in_force(config, config.name)
+        whole = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        training: list[torch.nn.Module] = [*whole]
+        if "crop" in parts:
+            training = [v2.RandomResizedCrop(size, antialias=True)]
+        if "flip" in parts and config.flip:
             training.append(v2.RandomHorizontalFlip())
         if config.randaugment:
             training.append(v2.RandAugment())
         self._training = v2.Compose([*training, v2.ToImage()])
-        self._evaluation = v2.Compose(
-            [
-                v2.Resize(round(size * 256 / 224), antialias=True),
-                v2.CenterCrop(size),
-                v2.ToImage(),
-            ]
-        )
+        self._evaluation = v2.Compose([*whole, v2.ToImage()])
 
     def __len__(self) -> int:
         return len(self._items)
