@@ -10,7 +10,9 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+ORIENTATION = 0x0112  # tag of EXIF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,8 @@ class Outcome:
 
 def read_rgb(path: str) -> Image.Image:
     """Decode a picture fully, as RGB. Raises whatever Pillow raises for a bad one."""
-    with Image.open(path) as image:
+    with Image.open(path) as opened:
+        image = _upright(opened)
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
             grey = np.asarray(image) >> 8
             return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -44,6 +47,18 @@ def read_rgb(path: str) -> Image.Image:
         if "transparency" in image.info:
             return image.convert("RGBA").convert("RGB")
         return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode the picture and turn it as its EXIF orientation says."""
+    image.load()
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
+    except (
+        Exception
+    ):  # Pillow raises nearly anything for broken EXIF data of a picture that is whole
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def why_unreadable(error: Exception) -> str:

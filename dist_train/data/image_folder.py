@@ -7,7 +7,7 @@ import numpy as np
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, cache_root, unseen
 from dist_train.data.folder_scan import PictureFile, scan_folder
-from dist_train.data.picture_cache import verified_pictures
+from dist_train.data.picture_cache import Verified, verified_pictures
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
 from dist_train.data.worker_dataset import FileItems, WorkerPictures
@@ -46,7 +46,23 @@ def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
             rows = verified.pixels[first_row : first_row + len(files)]
             splits[split] = Pictures(images=rows, labels=_labels(files))
         first_row += len(files)
-    return Source(name="image_folder", classes=folder.classes, remarks=folder.remarks, **splits)
+    remarks = folder.remarks
+    if verified.pixels is None and config.loader == "auto":
+        remarks += (_why_workers(config, verified, first_row),)
+    return Source(name="image_folder", classes=folder.classes, remarks=remarks, **splits)
+
+
+def _why_workers(config: DataConfig, verified: Verified, num: int) -> str:
+    """Say why pictures are opened one by one and brought to another size than their own."""
+    if verified.uneven is not None:
+        why = f"they differ in size: {verified.uneven}"
+        cure = "images of one size are kept in memory as they are"
+    else:
+        gib = num * verified.height * verified.width * 3 / 2**30
+        why = f"they take {gib:.3g} GiB of memory, more than data.in_memory_gib"
+        why += f"={config.in_memory_gib:g}"
+        cure = "data.loader=memory keeps them there as they are"
+    return f"images go through workers, to data.image_size={config.image_size}, as {why}; {cure}"
 
 
 def _max_bytes(config: DataConfig) -> int:

@@ -22,7 +22,7 @@ from dist_train.data.cache import SignOfLife, locked, unseen
 from dist_train.data.folder_scan import PictureFile
 from dist_train.data.slices import Partial, decode_rest, progress_in, sync
 
-FORMAT = 1  # raise when decoding changes what the bytes are
+FORMAT = 2  # raise when decoding changes what the bytes are
 UNUSED_SEC = 7 * 86400.0  # a cache that nobody has opened for so long is deleted
 
 

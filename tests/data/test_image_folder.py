@@ -89,6 +89,41 @@ def test_sixteen_bit_grey_keeps_its_scale(root: Path) -> None:
     np.testing.assert_array_equal(images[0], np.repeat((grey >> 8)[..., None], 3, axis=-1))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_picture_is_turned_as_its_exif_data_say(
+    root: Path, suffix: str, orientation: int
+) -> None:
+    upright = Image.new("RGB", (8, 6), (200, 0, 0))
+    upright.paste((0, 0, 200), (0, 0, 8, 3))  # blue above red, green beside them
+    upright.paste((0, 200, 0), (0, 0, 2, 6))
+    turn = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}
+    turn[8] = Image.Transpose.ROTATE_270
+    how = turn[orientation]
+    stored = upright if how is None else upright.transpose(how)
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = orientation
+    path = root / "train" / "cat" / f"0.{suffix}"
+    (root / "train" / "cat" / "0.png").unlink()
+    stored.save(path, exif=exif, lossless=True)
+    for loader in ("auto", "workers"):
+        source = load(root, loader=loader)
+        if isinstance(source.train, Pictures):
+            found = source.train.images[0]
+        else:
+            found = np.asarray(source.train._items[0][0])
+        assert found.shape == (6, 8, 3)
+        assert found.argmax(-1)[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [1, 2, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, at every start
+def test_broken_exif_data_of_a_whole_picture_are_no_reason_to_refuse_it(root: Path) -> None:
+    path = root / "train" / "cat" / "0.jpg"
+    (root / "train" / "cat" / "0.png").unlink()
+    picture(3).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffnot an IFD")
+    assert in_memory(load(root).train).images.shape == (6, 6, 8, 3)
+
+
 def test_a_missing_root_is_refused(root: Path) -> None:
     assert "nowhere is not a folder" in refusal(root, root=str(root.parent / "nowhere"))
     assert "needs data.root" in refusal(root, root=None)
@@ -214,9 +249,16 @@ def test_a_cache_file_of_wrong_size_is_rebuilt(root: Path, suffix: str) -> None:
     np.testing.assert_array_equal(in_memory(load(root).train).images, expected)
 
 
-def test_uneven_pictures_go_to_workers(root: Path) -> None:
+def test_uneven_pictures_go_to_workers_and_it_is_said(root: Path) -> None:
+    assert load(root).remarks == ()
     picture(7, (9, 6)).save(root / "train" / "dog" / "1.png")
-    assert isinstance(load(root).train, WorkerPictures)
+    source = load(root, image_size=64)
+    assert isinstance(source.train, WorkerPictures)
+    [remark] = source.remarks
+    assert "images go through workers, to data.image_size=64, as they differ in size" in remark
+    assert "train/cat/0.png is 8x6" in remark
+    assert "train/dog/1.png is 9x6" in remark
+    assert load(root, loader="workers").remarks == (), "as was asked for"
     told = refusal(root, loader="memory")
     assert "train/cat/0.png is 8x6" in told
     assert "train/dog/1.png is 9x6" in told
@@ -225,6 +267,10 @@ def test_uneven_pictures_go_to_workers(root: Path) -> None:
 def test_pictures_larger_than_the_limit_go_to_workers(root: Path) -> None:
     source = load(root, in_memory_gib=1e-9)
     assert isinstance(source.train, WorkerPictures)
+    assert (
+        "GiB of memory, more than data.in_memory_gib=1e-09; data.loader=memory"
+        in (source.remarks[0])
+    )
     assert not list((root.parent / "cache").rglob("*.u8"))
     assert isinstance(load(root, in_memory_gib=1e-9, loader="memory").train, Pictures)
 
