@@ -46,7 +46,7 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
         )
     if config.model.activation_checkpointing:
         checkpoint_activations(model)
-    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload] # both are accepted
+    return model.to(ranks.device)
 
 
 def compile_in_place(model: nn.Module, pulse: Pulse) -> None:

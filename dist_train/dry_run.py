@@ -14,6 +14,7 @@ from dist_train.device import threads_asked, threads_of
 from dist_train.distributed import single_process
 from dist_train.layout import detect_layout
 from dist_train.memory import estimate_memory
+from dist_train.memory_format import memory_format_in_force
 from dist_train.optim import peak_learning_rate
 from dist_train.order import micro_batches, shards, share
 from dist_train.plan import make_plan
@@ -46,6 +47,8 @@ def describe(config: Config) -> str:
         two = torch.zeros(2, *data.loader.image_shape)
         checked_logits(model, two, data.num_classes, config.model.factory)
     precision, notice = precision_in_force(config, torch.device(kind))
+    asked_form = config.model.memory_format
+    form = memory_format_in_force(asked_form, model, precision, kind)
     memory = estimate_memory(model, data.loader.image_shape, micro, precision, config)
     dropped = data.num_train - plan.steps_per_epoch * plan.global_batch_size
     found_later = "; auto finds what fits when the run starts" if asked == "auto" else ""
@@ -71,6 +74,7 @@ def describe(config: Config) -> str:
             f"peak, {config.optim.schedule}, {plan.warmup_steps} warm-up steps",
         ),
         ("precision", precision + (" (auto)" if config.precision == "auto" else "")),
+        ("memory format", form + (" (auto)" if asked_form == "auto" else "")),
         (
             "memory",
             f"about {memory / 2**30:.2f} GiB a rank (weights, gradients, optimizer, "

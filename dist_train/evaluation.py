@@ -80,6 +80,7 @@ def _evaluate_next(
     if dealt is None:
         return
     number, batch = dealt
+    batch = batch.in_form(parts.memory_format)
     with autocast(parts.precision, batch.images.device):
         logits = parts.replica.module(batch.images)
         if views > 1:

@@ -150,11 +150,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
+        for param in group["params"]:
+            _lay_out_like(param, optimizer.state[param])
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"] > 0:
             for param in group["params"]:
                 held = optimizer.state[param]
                 if held.get("momentum_buffer") is None:  # it was trained without until now
                     held["momentum_buffer"] = torch.zeros_like(param)
+
+
+def _lay_out_like(param: Tensor, held: dict[str, Any]) -> None:
+    """Bring what an optimizer holds of a parameter into its strides: fused kernels ask for no less.
+
+    They take both as rows of numbers, and would give each weight another one's momentum.
+    """
+    for name, value in held.items():
+        whole = isinstance(value, Tensor) and value.shape == param.shape
+        if whole and value.stride() != param.stride():
+            held[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def lean_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from dist_train.config.arguments import Parser, print_error
 from dist_train.config.compose import compose
 from dist_train.config.importing import import_callable
 from dist_train.data.batch import Batch
+from dist_train.memory_format import laid_out, lay_out
 from dist_train.order import seed_of
 from dist_train.tasks import classification as task
 
@@ -54,9 +55,10 @@ def replay(options: argparse.Namespace) -> tuple[str, bool]:
     factory = import_callable(config.model.factory, "model.factory")
     module = factory(num_classes=context["num_classes"], **config.model.args)
     module.load_state_dict(weights)
-    module.to(device, memory_format=torch.channels_last).train()
+    form = context.get("memory_format", "channels_last")  # older files have no other
+    lay_out(module.to(device).train(), form)
     part = Batch(
-        images=part.images.to(device).contiguous(memory_format=torch.channels_last),
+        images=laid_out(part.images.to(device), form),
         labels=part.labels.to(device),
         partner_labels=None if part.partner_labels is None else part.partner_labels.to(device),
         own_weight=None if part.own_weight is None else part.own_weight.to(device),

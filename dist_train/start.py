@@ -22,6 +22,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
 from dist_train.drift import DAMAGED, DriftCheck
 from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
+from dist_train.memory_format import corrupting_layer, laid_out, lay_out, memory_format_in_force
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.optim import Ema, build_optimizer, lean_step
 from dist_train.order import GlobalOrderSampler, micro_batches, shards
@@ -51,9 +52,18 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
+    form = memory_format_in_force(config.model.memory_format, model, precision, ranks.device.type)
+    lay_out(model, form)
+    layer = corrupting_layer(form, model, precision, ranks.device.type)
+    if layer is not None:
+        run.warn(
+            f"model.memory_format=channels_last: torch's gradient of layer {layer!r} (1x1, with a "
+            "stride) may overwrite memory in this form: set model.memory_format=contiguous"
+        )
     initialise = getattr(model, "initialise_from", None)
     if callable(initialise):
-        ranks.together(lambda: initialise(data.loader.some_pictures(SHOWN_TO_MODEL)))
+        some = data.loader.some_pictures
+        ranks.together(lambda: initialise(laid_out(some(SHOWN_TO_MODEL), form)))
     if config.model.compile:
         compile_in_place(model, ranks.pulse)
     mixed = _mixed_hardware(ranks.gather(_hardware(ranks.device)))
@@ -91,6 +101,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
             cause=DAMAGED if mixed is None else f"{mixed}, or memory was damaged",
         ),
         precision=precision,
+        memory_format=form,
         num_classes=data.num_classes,
     )
 
@@ -128,7 +139,7 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
 
     def attempt(size: int) -> None:
         with torch.random.fork_rng(devices=cuda), as_written(config):  # no graph for every size
-            images, labels = _blank(data, size, ranks.device)
+            images, labels = _blank(parts, data, size)
             with autocast(parts.precision, ranks.device):
                 logits = module(images)
             loss = task.loss_sum(logits, Batch(images=images, labels=labels))
@@ -136,7 +147,7 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
 
     def find() -> int:
         with torch.random.fork_rng(devices=cuda), as_written(config), torch.no_grad():
-            two, _ = _blank(data, 2, ranks.device)
+            two, _ = _blank(parts, data, 2)
             with autocast(parts.precision, ranks.device):
                 checked_logits(module, two, data.num_classes, config.model.factory)
         if ranks.device.type == "cuda":
@@ -197,7 +208,7 @@ def open_feed(parts: Parts, data: Data, *, last_step: int, generation: int = 0) 
         drop_last=config.train.drop_last,
         num_shards=config.train.num_shards if config.train.order == "fixed" else None,
     )
-    return Feed(data.loader, sampler, last_step)
+    return Feed(data.loader, sampler, last_step, parts.memory_format)
 
 
 @contextlib.contextmanager
@@ -221,7 +232,7 @@ def _forward_backward(parts: Parts, data: Data) -> None:
     if config.order == "fixed":
         pieces = shards(batch, ranks.rank, ranks.world_size, config.num_shards)
     for first, last in pieces:
-        images, labels = _blank(data, last - first, ranks.device)
+        images, labels = _blank(parts, data, last - first)
         with replica.gradients.piece(last=(first, last) == pieces[-1]):
             factory = parts.config.model.factory
             with autocast(parts.precision, ranks.device):
@@ -229,8 +240,10 @@ def _forward_backward(parts: Parts, data: Data) -> None:
             task.loss_sum(logits, Batch(images=images, labels=labels)).backward()
 
 
-def _blank(data: Data, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank(parts: Parts, data: Data, size: int) -> tuple[Tensor, Tensor]:
     """Return zeros in the shapes of a batch: images (size, c, h, w) float32, labels (size,)."""
+    device = parts.replica.ranks.device
     images = torch.zeros((size, *data.loader.image_shape), device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    return images, torch.zeros(size, dtype=torch.int64, device=device)
+    return laid_out(images, parts.memory_format), torch.zeros(
+        size, dtype=torch.int64, device=device
+    )

@@ -35,6 +35,7 @@ class Parts:
     recovery: Recovery
     drift: DriftCheck
     precision: str  # in force
+    memory_format: str  # in force
     num_classes: int
 
 
@@ -96,6 +97,7 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
             f"{origin} was trained on other data: {what}. Give data.name and data.root as they "
             "were, or use another run_dir"
         )
+    facts = {"model.memory_format": "channels_last"} | facts  # before there was a choice
     free = {"data", CODE}  # the code is told of file by file
     if now["parallel.sync"] == "fixed":
         free.add("world_size")
@@ -114,6 +116,7 @@ def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
         "world_size": ranks.world_size,
         "parallel.sync": parts.replica.form,
         "precision": parts.precision,
+        "model.memory_format": parts.memory_format,
         "model.compile": parts.config.model.compile,
         "threads": torch.get_num_threads(),
         "device": cpu if ranks.device.type == "cpu" else torch.cuda.get_device_name(),

@@ -93,6 +93,7 @@ def culprits_of(parts: Parts, feed: Feed, step: int, folder: Path) -> list[Culpr
                 "step": step,
                 "generation": generation,
                 "precision": parts.precision,
+                "memory_format": parts.memory_format,
                 "config": to_yaml(config),
                 "num_classes": parts.num_classes,
             },

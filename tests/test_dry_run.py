@@ -37,6 +37,7 @@ def test_eight_ranks_are_laid_out_without_a_gpu(tmp_path: Path) -> None:
     assert "steps 9 an epoch, 18 in all" in text
     assert "0.009375 at the peak" in text, "0.1 * 24 / 256"
     assert "GiB a rank" in text
+    assert "memory format channels_last (auto)" in text
     assert "run folder run" in text
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []

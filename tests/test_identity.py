@@ -31,6 +31,7 @@ IN_HASH = {
     "train.early_stop_patience": 3,
     "model.factory": "a:b",
     "model.args": {"width": 3},
+    "model.memory_format": "contiguous",
     "parallel.sync_batchnorm": True,
     "data.name": "cifar10",
     "data.args": {"num_train": 3},

@@ -73,6 +73,7 @@ def ours(job: Job) -> dict[str, Tensor]:
         "optim.schedule=linear",
         "optim.decay_norms_and_biases=true",
         f"precision={job.precision}",
+        "model.memory_format=channels_last",  # as every peer's
         f"run_dir={job.folder}/run",
         "threads=1",
         "device=cpu",

@@ -16,7 +16,10 @@ BEGUN_WITHOUT = "begun_without"  # in environment.json: the keys of LATER that t
 
 # Settings that are newer than the first runs, and what happened before they existed. At its
 # default such a key is not in the hash: the folder of a run keeps its name.
-LATER: dict[str, Any] = {"data.augment": "standard"}
+LATER: dict[str, Any] = {
+    "data.augment": "standard",
+    "model.memory_format": "channels_last",
+}
 
 # Settings of bundled experiments that had another value: {experiment: {key: (value, before)}}.
 FORMER_PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {

@@ -37,6 +37,8 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     activation_checkpointing: bool = False
     compile: bool = False  # by torch.compile: forward and backward, one graph for each shape
+    # Of images, filters and feature maps. auto: channels_last where that was measured to gain.
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,13 +3,14 @@
 Legend: n pictures, c channels, h height, w width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_train.config import DataConfig
+from dist_train.memory_format import laid_out
 from dist_train.order import StepShare, sample_uniform, seed_of
 
 GROUP = 8  # a mixing partner comes from the same aligned group of positions
@@ -19,7 +20,7 @@ GROUP = 8  # a mixing partner comes from the same aligned group of positions
 class Batch:
     """Pictures and labels of this rank."""
 
-    images: Tensor  # (n, c, h, w) float32, channels last in memory
+    images: Tensor  # (n, c, h, w) float32
     labels: Tensor  # (n,) int64
     partner_labels: Tensor | None = None  # (n,) int64, if mixed
     own_weight: Tensor | None = None  # (n,) float32, weight of `labels` in the loss
@@ -28,6 +29,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def in_form(self, name: str) -> "Batch":
+        """Return the batch with its images in a form of memory_format.FORMATS."""
+        images = laid_out(self.images, name)
+        return self if images is self.images else replace(self, images=images)
 
     def part(self, first: int, last: int) -> "Batch":
         """Return the micro-batch of pictures [first, last)."""
@@ -105,7 +111,7 @@ def mix(images: Tensor, labels: Tensor, mixing: Mixing, share: StepShare) -> Bat
         mixed = torch.where(inside[:, None], other, own)
         weight = 1 - inside.float().mean(dim=(1, 2))  # the area that was really replaced
     return Batch(
-        images=mixed.contiguous(memory_format=torch.channels_last),
+        images=mixed,
         labels=labels[:count],
         partner_labels=labels[partner],
         own_weight=weight,

@@ -11,10 +11,13 @@ from dist_train.order import GlobalOrderSampler
 class Feed:
     """Hands out this rank's batch of a step; the steps come in order, each as often as needed."""
 
-    def __init__(self, loader: Loader, sampler: GlobalOrderSampler, last_step: int) -> None:
+    def __init__(
+        self, loader: Loader, sampler: GlobalOrderSampler, last_step: int, memory_format: str
+    ) -> None:
         self.sampler = sampler
         self._loader = loader
         self._last_step = last_step
+        self._memory_format = memory_format
         self._batches: Iterator[Batch] | None = None
         self._next = -1  # the step that comes next out of `_batches`
         self._held: tuple[int, Batch] | None = None
@@ -29,7 +32,7 @@ class Feed:
             self._batches = self._loader.train_batches(self.sampler, step, self._last_step)
         batches, self._batches = self._batches, None  # a generator that raised is of no more use
         begun = time.perf_counter()
-        batch = next(batches)
+        batch = next(batches).in_form(self._memory_format)
         self._waited += time.perf_counter() - begun
         self._batches, self._next, self._held = batches, step + 1, (step, batch)
         return batch

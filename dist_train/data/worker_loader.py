@@ -114,7 +114,7 @@ class WorkerLoader:
         images = images.to(self._device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = (images.float() - self._mean) / self._std
-        return images.contiguous(memory_format=torch.channels_last)
+        return images
 
 
 def _end_with_own_rank(_number: int) -> None:

@@ -43,7 +43,7 @@ class SlowLoader:
 
 def feed_of(loader: SlowLoader) -> Feed:
     sampler = GlobalOrderSampler(10, global_batch_size=1, rank=0, world_size=1, seed=0)
-    return Feed(loader, sampler, 10)
+    return Feed(loader, sampler, 10, "channels_last")
 
 
 def test_a_batch_is_the_same_when_asked_again_and_can_be_asked_for_after_a_failure() -> None:
