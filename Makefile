@@ -20,7 +20,7 @@ SAME_TORCH := import importlib.metadata as m; print("torch==" + m.version("torch
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
 .PHONY: help train test test-exhaustive test-slurm check check-static reliability bench \
-  bench-peers \
+  bench-peers zoo \
   gpu-check clean
 
 help: ## show the targets
@@ -61,11 +61,15 @@ bench-peers: .venv-peers/.installed ## what a step costs here, by hand and in ot
 	$(BIN)/python -m benchmarks.peers run $(ARGS) || failed=$$?; \
 	  $(BIN)/python -m benchmarks.peers table --write; exit $${failed:-0}
 
+zoo: $(STAMP) .venv-zoo/.installed ## train, stop and continue the networks of torchvision and timm: an hour, and it goes on
+	failed=0; PYTHONPATH=.venv-zoo $(BIN)/python -m benchmarks.zoo run $(ARGS) || failed=$$?; \
+	  $(BIN)/python -m benchmarks.zoo table --write; exit $$failed
+
 gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean: ## delete the environment, caches and build products; runs/ stays
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-zoo build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv-peers/.installed: $(STAMP) benchmarks/peers/requirements.txt
@@ -73,6 +77,11 @@ clean: ## delete the environment, caches and build products; runs/ stays
 	$(BIN)/python -c '$(SAME_TORCH)' > .venv-peers/constraints.txt
 	.venv-peers/bin/python -m pip install --quiet --constraint .venv-peers/constraints.txt \
 	  --editable . -r benchmarks/peers/requirements.txt
+	@touch $@
+
+.venv-zoo/.installed: $(STAMP) benchmarks/zoo/requirements.txt # without what it depends on: torch stays
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-zoo \
+	  -r benchmarks/zoo/requirements.txt
 	@touch $@
 
 $(STAMP): pyproject.toml

@@ -1,0 +1,1 @@
+"""Networks of torchvision and timm: each trained, stopped, continued, and compared."""
