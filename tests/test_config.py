@@ -115,12 +115,15 @@ def test_interpolation_of_the_surroundings_is_refused(
 ) -> None:
     monkeypatch.setenv("API_KEY", SECRET)
     told = refusal(f"data.root='{value}'")
+    assert "run_dir=$VALUE" in refusal(f"run_dir='{value}'")
     assert "Let the shell fill it in: data.root=$VALUE" in told
     assert SECRET not in told
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "mine.yaml").write_text(f'name: image_folder\nroot: "{value}"\n')
     assert "data.root=$VALUE" in refusal("data=mine", config_dir=tmp_path)
+    (folder / "mine.yaml").write_text(f'# @package _global_\nrun_dir: "{value}"\n')
+    assert "run_dir=$VALUE" in refusal("data=mine", config_dir=tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(f'train: {{steps: 1}}\nmodel: {{args: {{deep: ["{value}"]}}}}\n')
     assert "model.args.deep" in refusal(config_file=path)
@@ -264,7 +267,8 @@ def test_sync_batchnorm_is_refused_exactly_where_pieces_differ_and_the_cure_is_o
 def test_quoted_text_is_this_text_to_the_grammar(text: str) -> None:
     assert parse_override(f"run_dir={quoted(text)}").value() == text
     assert parse_override(f"run_dir=[{quoted(text)}]").value() == [text]
-    assert compose([f"data.root={quoted(text)}"]).config.data.root == text
+    name = compose([f"tracking.wandb.name={quoted(text)}"]).config.tracking.wandb.name
+    assert name == text
 
 
 @pytest.mark.parametrize("value", ["/data/B\u00fccher", " \u65e5\u672c/u\u0308 2 ", "C:/\u00fc"])
@@ -289,7 +293,6 @@ def test_what_the_grammar_takes_stays_what_it_is(line: str) -> None:
     [
         ("data.root=/data/a=b", """into quotes: 'data.root="/data/a=b"'"""),
         ("data.root=/data (2)/\u00fc", """into quotes: 'data.root="/data (2)/\u00fc"'"""),
-        ("data.root=~/data", """into quotes: 'data.root="~/data"'"""),
         ("run_dir=runs/\u00fc seed=3", """into quotes: 'run_dir="runs/\u00fc seed=3"'"""),
     ],
 )

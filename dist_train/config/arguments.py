@@ -44,14 +44,18 @@ class Parser(argparse.ArgumentParser):
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `python -m dist_train` and `dist-train run` share."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra's grammar")
-    parser.add_argument("--config", type=Path, help="start from a run's config.yaml")
-    parser.add_argument("--config-dir", type=Path, help="a folder with your own groups")
+    parser.add_argument("--config", type=_path, help="start from a run's config.yaml")
+    parser.add_argument("--config-dir", type=_path, help="a folder with your own groups")
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting and where it came from"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would happen; trains nothing"
     )
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # a shell leaves --config=~/x as it is
 
 
 def words_of(options: argparse.Namespace) -> list[str]:

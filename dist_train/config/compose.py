@@ -25,6 +25,7 @@ from dist_train.config.earlier import filled
 from dist_train.config.overrides import parse_override, quoted
 from dist_train.config.redact import learn, mask, redact
 from dist_train.config.schema import Config, ConfigError
+from dist_train.config.text import as_typed, restore_texts, texts_read_as_numbers, with_folders
 from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain, unknown_key
 from dist_train.config.yaml_limits import check_yaml
 
@@ -78,14 +79,15 @@ def compose(
             lines = [searchpath, *(o.input_line or "" for o in parsed)]
             composed = hydra_compose("main", lines, return_hydra_config=True)
             origins = {}
-            if explain:
+            raw: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment] # a mapping
+            del raw["hydra"]
+            if explain or texts_read_as_numbers(raw):
                 loader = GlobalHydra.instance().config_loader()
                 files = loader.compute_defaults_list("main", lines, RunMode.RUN).defaults
                 origins = _origins(parsed, files, folders, config_file)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    values = {k: v for k, v in composed.items() if k != "hydra"}
-    raw: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(values))  # type: ignore[assignment] # a mapping
+    restore_texts(raw, origins)
     _replace_whole_mappings(raw, parsed)
     _refuse_resolvers(raw)
     choices = composed.hydra.runtime.choices
@@ -93,7 +95,7 @@ def compose(
         raw["experiment"] = choices.experiment
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
-        config = build(Config, resolved)  # type: ignore[arg-type] # a mapping
+        config = with_folders(build(Config, resolved))  # type: ignore[arg-type] # a mapping
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     own = {o.key_or_group for o in parsed} | _own_keys(choices, config_dir, main)
@@ -182,7 +184,7 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
         raise ConfigError(f"{line}: groups are not used with --config; set single keys instead")
     if key not in known:
         raise ConfigError(unknown_key(key, groups))
-    return override
+    return as_typed(override, known[key])
 
 
 def _replace_whole_mappings(raw: dict[str, Any], overrides: list[Override]) -> None:

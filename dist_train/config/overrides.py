@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 from dist_train.config.schema import ConfigError
 
-UNQUOTED = re.compile(r"[\w/+.$%*@?|:\- \t]", re.ASCII)  # what the grammar takes in plain text
+UNQUOTED = re.compile(r"[\w/+.$%*@?|:\-~ \t]", re.ASCII)  # what the grammar takes in plain text
 KEY = re.compile(r"[+~]{0,2}[\w./@-]+", re.ASCII)
 
 
