@@ -26,10 +26,12 @@ from dist_train.config.arguments import (
     VERDICT_VARIABLE,
     print_error,
     stop_with_parent,
+    tell_begun,
     what_met,
 )
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
+from dist_train.preemption import not_ignored
 
 LOGGER = "torch.distributed.elastic.multiprocessing.api"
 FAILED = "failed (exitcode"  # the line that tells of an attempt's end: exit code, local rank
@@ -41,7 +43,8 @@ STOPS += (signal.SIGUSR1, signal.SIGUSR2)
 def main() -> int:
     """Start torchrun on the command line; returns 0, the run's final code, or 1."""
     stop_with_parent()
-    for number in STOPS:  # until there are ranks to tell
+    stops = {signal.SIGTERM, *not_ignored(STOPS)}  # the first is what `dist-train run` passes on
+    for number in stops:  # until there are ranks to tell
         signal.signal(number, _leave)
     verbose = "LOGLEVEL" in os.environ
     os.environ.setdefault("LOGLEVEL", "ERROR")  # of torchrun's loggers, read as they are made
@@ -53,11 +56,11 @@ def main() -> int:
         del os.environ["LOGLEVEL"]  # the ranks have their own
     handler = getattr(api, "_terminate_process_handler", None)
     if handler is not None:
-        calm = _once(handler)
+        calm = _once(handler, stops)
         api._terminate_process_handler = calm  # installed for torchrun's signals, by this name
-        for number in STOPS:  # and for those that an older torchrun does not know
+        for number in stops:  # and for those that an older torchrun does not know
             signal.signal(number, calm)
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STOPS))
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in stops))
     folder, verdict = (Path(os.environ[name]) for name in (RUN_DIR_VARIABLE, VERDICT_VARIABLE))
     report = _Report(folder, os.environ[CHAIN_VARIABLE], verdict)
     logger = logging.getLogger(LOGGER)
@@ -98,6 +101,7 @@ class _Report(logging.Handler):
         """
         if not str(record.msg).startswith(FAILED) or not isinstance(record.args, tuple):
             return
+        tell_begun(over=True)
         code, local_rank = record.args[:2]
         assert isinstance(code, int)
         assert isinstance(local_rank, int)
@@ -176,13 +180,18 @@ def _ending(code: int) -> str:
     return f"ended with exit code {code} and no word"
 
 
-def _once(handler: Callable[[int, FrameType | None], Any]) -> Callable[..., None]:
-    """Return a handler for the first signal only: the ranks are told once, then waited for."""
+def _once(
+    handler: Callable[[int, FrameType | None], Any], stops: set[signal.Signals]
+) -> Callable[..., None]:
+    """Return a handler for the first signal only: the ranks are told once, then waited for.
+
+    torchrun may install it for a signal that is to be ignored, not one of `stops`.
+    """
     told = False
 
     def calm(number: int, frame: FrameType | None) -> None:
         nonlocal told
-        if not told:
+        if not told and number in stops:
             told = True
             handler(number, frame)
 

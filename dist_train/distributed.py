@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dist_train.config import Config, ConfigError
-from dist_train.config.arguments import stop_with_parent, tell_met
+from dist_train.config.arguments import stop_with_parent, tell_begun, tell_met
 from dist_train.config.check import check_world
 from dist_train.device import (
     bind_device,
@@ -29,7 +29,7 @@ from dist_train.device import (
 )
 from dist_train.heartbeat import Pulse
 from dist_train.interface import VARIABLE as GLOO_VARIABLE
-from dist_train.interface import interface_for_gloo
+from dist_train.interface import check_interfaces, interface_for_gloo, loopback
 from dist_train.layout import Layout, detect_layout
 from dist_train.rendezvous import meet
 
@@ -190,6 +190,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     try:
         device, device_name = bind_device(config, layout)
         check_precision(config, device)
+        if layout.launcher != "single":
+            check_interfaces(os.environ, nccl=device.type == "cuda")
     except ConfigError as mistake:
         error = str(mistake)
     set_determinism(config)
@@ -203,10 +205,13 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         return
     if layout.launcher == "torchrun":
         stop_with_parent()
+    name = None
     if layout.local_world_size < layout.world_size:
         name = interface_for_gloo(os.environ, layout.master_addr)
-        if name is not None:
-            os.environ[GLOO_VARIABLE] = name
+    elif layout.launcher != "torchrun" or "LOCAL_WORLD_SIZE" in os.environ:
+        name = loopback()  # the host's own name may lead nowhere
+    if name is not None:
+        os.environ.setdefault(GLOO_VARIABLE, name)
     start = timedelta(seconds=config.parallel.start_timeout_sec)
     store, layout = meet(layout, config, device_name, error)
     if layout.local_rank == 0:
@@ -240,6 +245,8 @@ def shorten_timeouts(ranks: Ranks, seconds: float) -> None:
     """After the first step: a collective that takes this long is a failure, not a slow start."""
     if ranks.control is None:
         return
+    if ranks.local_rank == 0:
+        tell_begun()
     newer = getattr(dist, "set_timeout", None)  # public from torch 2.15 on
     set_timeout = newer or dist.distributed_c10d._set_pg_timeout
     for group in (dist.group.WORLD, ranks.control):

@@ -1,7 +1,7 @@
-"""Which network interface gloo is to use, where the host's own name does not lead to one.
+"""Which network interface gloo is to use; and is there one of the name that the user chose.
 
 gloo takes the address that the host's name resolves to. Debian and Ubuntu let it lead to 127.0.1.1:
-then no other node reaches it. Imports no torch.
+then no other node reaches it; and in a container it may not resolve at all. Imports no torch.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
+from dist_train.config import ConfigError
+
+VARIABLE, NCCL_VARIABLE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # man 7 netdevice
 
 
@@ -32,6 +34,57 @@ def interface_for_gloo(env: Mapping[str, str], master_addr: str) -> str | None:
     real = [name for name, address in addresses.items() if not _is_loopback(address)]
     default = _default_interface()
     return default if default in real else next(iter(real), None)
+
+
+def loopback() -> str | None:
+    """Return the interface by which ranks of one machine reach each other, whatever its name."""
+    return next((name for name, address in interfaces().items() if _is_loopback(address)), None)
+
+
+def check_interfaces(env: Mapping[str, str], *, nccl: bool) -> None:
+    """Refuse a choice of interfaces that this machine does not have.
+
+    Args:
+        env: of this process.
+        nccl: whether NCCL is used, too.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    names = addressed()
+    wrong = [name for name in env.get(VARIABLE, "").split(",") if name and name not in names]
+    if wrong:
+        raise _no_interface(f"{VARIABLE}={env[VARIABLE]}", wrong[0], names)
+    chosen = env.get(NCCL_VARIABLE, "")
+    if nccl and chosen and not any(_nccl_takes(chosen, name) for name in names):
+        raise _no_interface(f"{NCCL_VARIABLE}={chosen}", chosen, names)
+
+
+def _nccl_takes(chosen: str, name: str) -> bool:
+    """Say whether NCCL would use an interface: beginnings of names, =exact ones, ^all but these."""
+    excluded = chosen.startswith("^")
+    exact = chosen.removeprefix("^").startswith("=")
+    words = [word for word in chosen.lstrip("^=").split(",") if word]
+    named = any(name == word if exact else name.startswith(word) for word in words)
+    return named != excluded
+
+
+def _no_interface(given: str, wrong: str, names: list[str]) -> ConfigError:
+    known = ", ".join(names) or "none with an address"
+    variable = given.partition("=")[0]
+    return ConfigError(
+        f"{given}: {socket.gethostname()} has no network interface {wrong!r} with an address; it "
+        f"has {known}: name one of these, or unset {variable}"
+    )
+
+
+def addressed() -> list[str]:
+    """Return the names of this host's interfaces that have an IPv4 or an IPv6 address."""
+    found = list(interfaces())
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+        found += [line.split()[-1] for line in lines if line.split()[-1] not in found]
+    return found
 
 
 def interfaces() -> dict[str, str]:

@@ -101,12 +101,20 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
+    before = {number: signal.signal(number, stop.on_signal) for number in not_ignored(SIGNALS)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return the signals that this process does not ignore.
+
+    What it ignores it was started so: SIGHUP under nohup, SIGINT in a script's background.
+    """
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def job_end(env: Mapping[str, str]) -> float | None:
@@ -133,8 +141,8 @@ def blocked(numbers: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
 
 def heard() -> StopRequest | None:
     """Return the request that this process's handlers belong to, if they are ours."""
-    owner = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
-    return owner if isinstance(owner, StopRequest) else None
+    owners = [getattr(signal.getsignal(number), "__self__", None) for number in SIGNALS]
+    return next((owner for owner in owners if isinstance(owner, StopRequest)), None)
 
 
 def stop_reason() -> str | None:

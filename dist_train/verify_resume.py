@@ -35,6 +35,7 @@ from dist_train.differences import Difference, compare, moved_generators
 from dist_train.distributed import single_process
 from dist_train.plan import Plan, make_plan
 from dist_train.rehearsal import FAULT_VARIABLE, NOTES_VARIABLE, Fault, Place
+from dist_train.torchrun_here import ALONE, without_leftovers
 
 PLACES: tuple[Place, ...] = (
     "in the evaluation",
@@ -261,7 +262,7 @@ def _train_to_end(rehearsal: Rehearsal, name: str, *, notes: bool = False) -> No
 
 def _train(rehearsal: Rehearsal, name: str, fault: Fault | None, *, notes: bool = False) -> int:
     """Give the command once, in the run folder `name`; returns torchrun's exit code."""
-    environment = dict(os.environ)
+    environment = without_leftovers(os.environ, num_nodes=1)
     share = max(1, len(os.sched_getaffinity(0)) // rehearsal.num_ranks)
     environment.setdefault("OMP_NUM_THREADS", str(share))
     if fault is not None:
@@ -269,7 +270,7 @@ def _train(rehearsal: Rehearsal, name: str, fault: Fault | None, *, notes: bool 
     if notes:
         (rehearsal.folder / "notes").mkdir()
         environment[NOTES_VARIABLE] = str(rehearsal.folder / "notes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *ALONE]
     command += [f"--nproc-per-node={rehearsal.num_ranks}", "-m", "dist_train.rehearsal"]
     command += [*rehearsal.words, f"run_dir={quoted(str(rehearsal.folder / name))}"]
     with (rehearsal.folder / f"{name}.log").open("a") as log:

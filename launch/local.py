@@ -21,6 +21,7 @@ from dist_train.config.check import check_world
 from dist_train.config.identity import run_dir_of
 from dist_train.layout import detect_layout
 from dist_train.slurm_step import Task, find_task
+from dist_train.torchrun_here import ALONE, leftovers, without_leftovers
 from launch.supervise import supervise
 
 MAX_RESTARTS = 1_000_000  # the limits are those of the run's chain.json, not torchrun's
@@ -42,8 +43,12 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "dist_train", *words_of(options), "--dry-run"]
         ranks = {"DIST_TRAIN_DRY_RUN_RANKS": str(options.nproc * options.nnodes)}
         return subprocess.call(command, env=_with_threads(options.nproc) | ranks)
+    ignored = leftovers(os.environ, num_nodes=options.nnodes, num_local_ranks=options.nproc)
+    if ignored is not None:
+        sys.stderr.write(f"dist-train: {ignored}\n")
     command = torchrun_command(options)
     environment = _with_threads(options.nproc) | {NODES_VARIABLE: str(options.nnodes)}
+    environment = without_leftovers(environment, num_nodes=options.nnodes)
     return supervise(
         command,
         environment,
@@ -158,5 +163,5 @@ def torchrun_command(options: argparse.Namespace) -> list[str]:
     elif options.master_port is not None:
         command += [f"--master-port={options.master_port}"]
     else:
-        command += ["--standalone"]
+        command += ALONE
     return [*command, "-m", "dist_train", *words_of(options)]

@@ -18,17 +18,20 @@ from dist_train.config.arguments import (
     NODES_VARIABLE,
     RUN_DIR_VARIABLE,
     VERDICT_VARIABLE,
+    has_begun,
     print_error,
     stop_with_parent,
     what_met,
 )
 from dist_train.config.whole_file import read_json
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
+from dist_train.preemption import not_ignored
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 INTERRUPTS_TO_QUIT = 3
 SAVE_SEC = 120  # for a save after a signal; torchrun's own limit is 30 s
 TIDY_SEC = 120.0  # from status.json's "finished" to the end of torchrun
+UNSTARTED_SEC = 10.0  # from a signal to the end of ranks that have nothing to save
 INTERRUPTED = 130
 
 
@@ -56,11 +59,6 @@ def supervise(
         environment |= {VERDICT_VARIABLE: str(verdict), CHAIN_VARIABLE: chain}
         environment[ATTEMPT_VARIABLE] = str(attempt)
         environment[RUN_DIR_VARIABLE] = str(run_dir.absolute())
-        # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
-        torchrun = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=stop_with_parent
-        )
-        heard = _Signals(torchrun)
         launch = _Launch(
             run_dir=run_dir,
             chain=chain,
@@ -68,9 +66,15 @@ def supervise(
             verdict=verdict,
             is_part=environment.get(NODES_VARIABLE, "1") != "1",
         )
-        before = {number: signal.signal(number, heard.take) for number in STOPS}
+        heard = _Signals()
+        before = {number: signal.signal(number, heard.take) for number in not_ignored(STOPS)}
         try:
-            code = _wait(torchrun, launch)
+            # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on once.
+            torchrun = subprocess.Popen(
+                command, env=environment, start_new_session=True, preexec_fn=stop_with_parent
+            )
+            heard.pass_on_to(torchrun)
+            code = _wait(torchrun, launch, heard)
             _clear(chain, at_once=heard.impatient)
         finally:
             for number, handler in before.items():
@@ -105,10 +109,21 @@ class _Launch:
 class _Signals:
     """Passes the first stop signal on to torchrun; the third Ctrl-C quits without saving."""
 
-    def __init__(self, torchrun: "subprocess.Popen[bytes]") -> None:
-        self._torchrun = torchrun
+    def __init__(self) -> None:
+        self._torchrun: subprocess.Popen[bytes] | None = None
+        self._first = 0  # of the signals
         self._interrupts = 0
-        self.stopped = False
+        self._stopped_at: float | None = None
+        self.gave_up = False  # on ranks that did not stop by themselves
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped_at is not None
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether ranks that have nothing to save had time enough to end."""
+        return self._stopped_at is not None and time.monotonic() > self._stopped_at + UNSTARTED_SEC
 
     @property
     def impatient(self) -> bool:
@@ -116,15 +131,30 @@ class _Signals:
 
     def take(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
+        is_first = not self.stopped
+        if is_first:
+            self._first = signal.SIGTERM if number == signal.SIGHUP else number
+            self._stopped_at = time.monotonic()
+        if self._torchrun is None:
+            return
         if self.impatient:
             self._torchrun.kill()
-        elif not self.stopped:
-            self._torchrun.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-        self.stopped = True
+        elif is_first:
+            self._torchrun.send_signal(self._first)
+
+    def pass_on_to(self, torchrun: "subprocess.Popen[bytes]") -> None:
+        """Name the process; it is told what came while it was started."""
+        self._torchrun = torchrun
+        if self.stopped:
+            torchrun.send_signal(self._first)
 
 
-def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
-    """Wait for torchrun; end it if it stays when the run is over."""
+def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch, heard: _Signals) -> int:
+    """Wait for torchrun; end it if it stays when the run is over, or is stopped before it began.
+
+    Ranks that wait for each other in a library hear no signal, and one that arrives while torchrun
+    logs an error is lost: its handler raises, and logging takes that for its own.
+    """
     over_since: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,6 +162,10 @@ def _wait(torchrun: "subprocess.Popen[bytes]", launch: _Launch) -> int:
         status = launch.status()
         # Failed, too: this machine's torchrun may wait for one that knew it sooner and has ended.
         over = status.get("state") in ("finished", "preempted") or is_final(status)
+        if heard.is_overdue and not over and not has_begun(launch.verdict):
+            heard.gave_up = True
+            torchrun.kill()
+            _kill(launch.chain)
         if not over:
             over_since = None
         elif over_since is None:
@@ -175,21 +209,22 @@ def _ranks_of(chain: str) -> list[int]:
 def _answer(launch: _Launch, code: int, heard: _Signals) -> int:
     """Return the exit code: what status.json says of this start, else torchrun's."""
     status = launch.status()
-    if heard.impatient:
-        print_error("quit without saving: the same command continues from the last checkpoint")
+    final = status.get("exit_code")
+    saved = status.get("state") in ("finished", "preempted")
+    if heard.impatient and not saved:
+        print_error(f"quit at once: {_continues(launch.run_dir)}")
         return INTERRUPTED
     killed = code < 0
     code = 128 - code if killed else code
-    if not status:
-        if launch.is_told_elsewhere():
+    over = status.get("state") == "finished" or is_final(status)
+    if not status or (heard.gave_up and not saved and not over):
+        if launch.is_told_elsewhere() and not heard.gave_up:
             sys.stdout.write("the ranks have ended: rank 0's machine tells how\n")
             return code
         if heard.stopped or code - 128 in STOPS:
             sys.stdout.write("stopped before the start: the same command continues\n")
             return 0
         return code
-    final = status.get("exit_code")
-    over = status["state"] == "finished" or is_final(status)
     if killed and not heard.stopped and not over:
         print_error(
             f"torchrun was killed by {signal.Signals(code - 128).name}; the run is "
@@ -199,3 +234,12 @@ def _answer(launch: _Launch, code: int, heard: _Signals) -> int:
     if status["state"] == "failed":
         print_error(str(status.get("reason")))
     return code if final is None else int(final)
+
+
+def _continues(run_dir: Path) -> str:
+    """Say from where the same command goes on."""
+    steps = [path.parent.name for path in run_dir.glob("checkpoints/step_*/manifest.json")]
+    if not steps:
+        return "there is no checkpoint yet, the same command starts anew"
+    step = int(max(steps).removeprefix("step_"))
+    return f"the same command continues from the newest checkpoint, that of step {step}"

@@ -1,9 +1,16 @@
 """Tests that need GPUs this machine lacks are not collected, and the report says so."""
 
+import signal
+
 import pytest
 import torch
 
 NEEDS = {"gpu": 1, "multi_gpu": 2}
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script started this in its background: tests that interrupt a run would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing() -> list[str]:

@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -24,6 +24,7 @@ class Mistake:
 
     prepare: Callable[[Path], list[str]]
     told: tuple[str, ...]  # parts of the line: what is wrong, where, how to mend it
+    env: dict[str, str] = field(default_factory=dict)  # of the ranks
 
 
 def told(folder: Path, words: list[str]) -> tuple[int, str]:
@@ -204,6 +205,11 @@ MISTAKES = {
     "fp16 without a GPU": Mistake(
         prepare=_setting("device=auto", "precision=fp16"),
         told=("precision=fp16 needs a GPU", "use precision=bf16 or fp32"),
+    ),
+    "an interface that is not there": Mistake(
+        prepare=_setting(),
+        told=("GLOO_SOCKET_IFNAME=eth99", "no network interface 'eth99'", "name one of these"),
+        env={"GLOO_SOCKET_IFNAME": "eth99"},
     ),
     "no GPU": Mistake(
         prepare=_setting("device=cuda"), told=("device=cuda", "sees no GPU", "set device=cpu")

@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "preemption",
         "progress",
         "save_period",
+        "torchrun_here",
     ),
     (
         "chain",
@@ -111,6 +112,7 @@ OF_LAUNCH = (
     "dist_train.layout",
     "dist_train.preemption",
     "dist_train.slurm_step",
+    "dist_train.torchrun_here",
 )
 WITHOUT_TORCH = (
     "launch.cli",

@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from dist_train import interface
-from dist_train.interface import interface_for_gloo, interfaces
+from dist_train.config import ConfigError
+from dist_train.interface import check_interfaces, interface_for_gloo, interfaces
 
 HERE = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
 
@@ -43,3 +44,43 @@ def test_this_machines_interfaces() -> None:
     found = interfaces()
     assert found["lo"] == "127.0.0.1"
     assert set(found) <= {name for _, name in socket.if_nameindex()}
+
+
+def test_the_loopback_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interface, "interfaces", lambda: {"eth0": "10.0.0.7", "lo0": "127.0.0.1"})
+    assert interface.loopback() == "lo0"
+    monkeypatch.setattr(interface, "interfaces", lambda: {"eth0": "10.0.0.7"})
+    assert interface.loopback() is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "chosen", "fits"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth0", True),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib0", True),
+        ("GLOO_SOCKET_IFNAME", "", True),
+        ("GLOO_SOCKET_IFNAME", "eth9", False),
+        ("GLOO_SOCKET_IFNAME", "eth", False),
+        ("GLOO_SOCKET_IFNAME", "ib0,eth9", False),
+        ("NCCL_SOCKET_IFNAME", "eth", True),
+        ("NCCL_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "^docker,lo", True),
+        ("NCCL_SOCKET_IFNAME", "^lo,eth,ib", False),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth,ib", True),
+        ("NCCL_SOCKET_IFNAME", "enp,bond", False),
+    ],
+)
+def test_an_interface_that_is_not_there_is_refused(
+    variable: str, chosen: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interface, "addressed", lambda: list(HERE))
+    env = {variable: chosen}
+    if fits:
+        check_interfaces(env, nccl=True)
+        return
+    with pytest.raises(ConfigError) as raised:
+        check_interfaces(env, nccl=True)
+    assert "it has lo, eth0, ib0: name one of these" in str(raised.value)
+    if variable.startswith("NCCL"):
+        check_interfaces(env, nccl=False)

@@ -74,4 +74,6 @@ def _parse() -> argparse.Namespace:
 if __name__ == "__main__":
     # Leaving by an exception, it ends what its trial has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A script may have started this in its background: trials interrupt what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -27,13 +27,14 @@ def u1(trial: Trial) -> float | None:
     known = [*BEFORE_THE_START, *MISTAKES]
     name = known[trial.seed % len(known)]
     trial.notes["mistake"] = name
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | NO_GPU
     if name in BEFORE_THE_START:
         words, cure = BEFORE_THE_START[name]
         words, told = ["--nproc=2", *words], (cure,)
     else:
         mistake = MISTAKES[name]
         words, told = ["--nproc=2", *mistake.prepare(trial.folder)], mistake.told
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | NO_GPU
+        environment |= mistake.env
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "run", *words],

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import stop_with_parent, words_of
 from dist_train.config.overrides import quoted
+from dist_train.torchrun_here import ALONE, without_leftovers
 
 Scaling = Literal["strong", "weak"]
 WORKER = "dist_train.bench.worker"
@@ -134,7 +135,8 @@ def launch(
         words = settings_of(setup, options, config, threads=threads)
         words.append(f"run_dir={quoted(str(folder / 'run'))}")
         command = [*_starter(setup), "-m", WORKER, "--spec", json.dumps(spec)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = without_leftovers(os.environ, num_nodes=1)
+        environment |= {"OMP_NUM_THREADS": str(threads)}
         with (folder / "output.txt").open("w+") as output:
             try:
                 code = _run([*command, *words], environment, output, options.seconds + LIMIT_SEC)
@@ -184,7 +186,7 @@ def _starter(setup: Setup) -> list[str]:
         return [*steps, "--kill-on-bad-exit=1", sys.executable]
     if setup.num_ranks == 1:
         return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *ALONE]
     return [*torchrun, f"--nproc-per-node={setup.num_ranks}"]
 
 

@@ -20,6 +20,7 @@ from dist_train.config.whole_file import read_json, write_atomically
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
 RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its torchrun
 MET_FILE = "met.json"  # beside it: what the ranks have agreed on
+BEGUN_FILE = "begun"  # beside it, once their first step is done: there may be something to save
 NODES_VARIABLE = "DIST_TRAIN_NNODES"
 LINGER_SEC = 10.0
 LINGER_SLICE_SEC = 0.05  # how often a silent rank looks whether it is asked to end
@@ -118,6 +119,19 @@ def tell_met(chain: str, attempt: int) -> None:
     if verdict:
         path = Path(verdict).with_name(MET_FILE)
         write_atomically(path, json.dumps({"chain": chain, "attempt": attempt}))
+
+
+def tell_begun(*, over: bool = False) -> None:
+    """Tell `dist-train run` on this machine that ranks have taken their first step, or ended."""
+    verdict = os.environ.get(VERDICT_VARIABLE)
+    if verdict:
+        mark = Path(verdict).with_name(BEGUN_FILE)
+        mark.unlink(missing_ok=True) if over else mark.touch()
+
+
+def has_begun(verdict: Path) -> bool:
+    """Say whether the ranks that run now have taken their first step."""
+    return verdict.with_name(BEGUN_FILE).exists()
 
 
 def what_met(verdict: Path, chain: str) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from dist_train.doctor.examination import Examination
 from dist_train.doctor.report import PROBLEMS, as_json, as_text, exit_code_of
 from dist_train.doctor.stages import LeftAloneError
 from dist_train.layout import Layout, detect_layout
+from dist_train.torchrun_here import ALONE, without_leftovers
 
 WAIT_SEC = 60.0
 TOTAL_SEC = 900.0  # beyond the wait: longer than all stages' deadlines
@@ -115,7 +116,7 @@ def _examine(layout: Layout, options: argparse.Namespace) -> int:
 def _start_ranks(options: argparse.Namespace) -> int:
     """Start ranks on this machine through torchrun, and return rank 0's exit code."""
     share = max(1, len(os.sched_getaffinity(0)) // options.nproc)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *ALONE]
     command += [f"--nproc-per-node={options.nproc}", "-m", "dist_train.doctor.main"]
     command += [f"--run-dir={options.run_dir}", f"--wait={options.wait}"]
     command += ["--quick"] if options.quick else []
@@ -124,7 +125,7 @@ def _start_ranks(options: argparse.Namespace) -> int:
         code_file = Path(folder) / "code.json"
         variables = {"OMP_NUM_THREADS": str(share)} | os.environ
         variables |= {CODE_FILE_VARIABLE: str(code_file)}
-        subprocess.call(command, env=variables)
+        subprocess.call(command, env=without_leftovers(variables, num_nodes=1))
         return read_json(code_file).get("code", PROBLEMS)
 
 
