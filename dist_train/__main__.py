@@ -4,11 +4,13 @@ import os
 import sys
 import traceback
 
+from dist_train.config.streams import open_standard_streams
 from dist_train.preemption import listen_for_stop, stop_reason
 
 
 def main() -> int:
     """Run one rank; returns its exit code: 0 finished or saved, 2 the user's mistake, 93, 1."""
+    open_standard_streams()
     with listen_for_stop():  # before what takes seconds to import: train() takes up what it hears
         return _main()
 

@@ -6,6 +6,7 @@ in one line, and recorded in the run's chain.json for the next attempt. And a se
 the ranks are saving does not end torchrun before them.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from dist_train.config.arguments import (
     tell_begun,
     what_met,
 )
+from dist_train.config.streams import open_standard_streams, put
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.layout import ATTEMPT_VARIABLE, CHAIN_VARIABLE
 from dist_train.preemption import not_ignored
@@ -42,6 +44,7 @@ STOPS += (signal.SIGUSR1, signal.SIGUSR2)
 
 def main() -> int:
     """Start torchrun on the command line; returns 0, the run's final code, or 1."""
+    open_standard_streams()
     stop_with_parent()
     stops = {signal.SIGTERM, *not_ignored(STOPS)}  # the first is what `dist-train run` passes on
     for number in stops:  # until there are ranks to tell
@@ -125,8 +128,8 @@ class _Report(logging.Handler):
         if self._silent >= chain.ENDINGS_WITHOUT_PROGRESS:
             print_error(chain.endless(self._silent, mine.get("step", 0), why))
             raise SystemExit(chain.EXIT_CODE)
-        sys.stderr.write(f"dist-train: attempt {self._attempt} ended: {why}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            put(sys.stderr, f"dist-train: attempt {self._attempt} ended: {why}\n")
         self._attempt += 1
         time.sleep(0 if began else chain.back_off(self._silent))
 

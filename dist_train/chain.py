@@ -185,7 +185,7 @@ def record(folder: Path, chain: str, cause: Cause, trace: str = "") -> str | Non
         if len(lines) > TRACEBACK_LINES:
             half = TRACEBACK_LINES // 2
             lines = [*lines[:half], "  ...", *lines[-half:]]
-        path.write_text("\n".join([cause.sentence(), "", *lines, ""]))
+        path.write_text("\n".join([cause.sentence(), "", *lines, ""]), encoding="utf-8")
     with _locked(folder):
         memory = read(folder)
         if memory.chain != chain:  # this attempt ended before it began

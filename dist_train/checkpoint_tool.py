@@ -120,7 +120,7 @@ def _show(asked: Path, paths: Sequence[Path]) -> int:
     settings = path.absolute().parent.parent / "config.yaml"
     if settings.is_file():
         _write(["", f"settings ({settings})"])
-        _write(f"  {line}" for line in settings.read_text().splitlines())
+        _write(f"  {line}" for line in settings.read_text(encoding="utf-8").splitlines())
     return 0
 
 

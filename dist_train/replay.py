@@ -108,7 +108,7 @@ def _anomaly(loss_of_piece: Callable[[], Tensor]) -> str:
 def _config_of(text: str) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return compose([], config_file=path).config
 
 

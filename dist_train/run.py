@@ -16,6 +16,7 @@ from dist_train.attribution import Culprit
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import length_of
 from dist_train.config.redact import redact
+from dist_train.config.streams import put
 from dist_train.distributed import Ranks
 from dist_train.failure import ChainNotes
 from dist_train.imported_code import changes_of_code, imported_code
@@ -66,9 +67,9 @@ class Run:
         if self._trackers.is_open:
             self._trackers.message(text)
             return
-        with contextlib.suppress(OSError):  # it may be a file on a full disk; the log has the line
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+        # It may be a file on a full disk, or closed; the log has the line.
+        with contextlib.suppress(OSError, ValueError):
+            put(sys.stdout, text + "\n")
 
     def warn(self, *texts: str | None) -> None:
         """Say each text in a way that nobody misses; None is nothing to say."""

@@ -276,7 +276,12 @@ def _git_state() -> dict[str, Any] | None:
     try:
         commit, status = (
             subprocess.run(
-                ["git", *words], capture_output=True, text=True, timeout=5, check=True
+                ["git", *words],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=5,
+                check=True,
             ).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )

@@ -19,6 +19,7 @@ from typing import Protocol, TextIO
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.redact import redact
+from dist_train.config.streams import is_terminal, put
 from dist_train.journal import LineFile
 from dist_train.wandb_tracker import WandbTracker
 
@@ -82,10 +83,10 @@ class JsonlTracker:
 class ConsoleTracker:
     """Rewrites one line in place on a terminal, writes plain lines elsewhere."""
 
-    def __init__(self, stream: TextIO, *, total_steps: int) -> None:
+    def __init__(self, stream: TextIO | None, *, total_steps: int) -> None:
         self._stream = stream
         self._total_steps = total_steps
-        self._terminal = stream.isatty()
+        self._terminal = is_terminal(stream)
         self._bar = ""
         self._first: tuple[int, float] | None = None  # step and clock of the first record
 
@@ -100,16 +101,14 @@ class ConsoleTracker:
     def message(self, text: str) -> None:
         """Write lines of their own, above the bar."""
         bar, blank = self._bar, " " * len(self._bar)
-        self._stream.write(f"\r{blank}\r{text}\n{bar}" if bar else f"{text}\n")
-        self._stream.flush()
+        put(self._stream, f"\r{blank}\r{text}\n{bar}" if bar else f"{text}\n")
 
     def rewind(self, step: int, *, evaluated: bool) -> None:
         self._first = None
 
     def close(self, *, exit_code: int) -> None:
         if self._bar:
-            self._stream.write("\n")
-            self._stream.flush()
+            put(self._stream, "\n")
             self._bar = ""
 
     def _progress(self, record: Record) -> str:
@@ -139,12 +138,11 @@ class ConsoleTracker:
 
     def _show(self, line: str) -> None:
         if not self._terminal:
-            self._stream.write(f"step {line}\n")
+            put(self._stream, f"step {line}\n")
         else:
             line = line[: shutil.get_terminal_size().columns - 1]  # a full line would wrap
-            self._stream.write(f"\r{line.ljust(len(self._bar))}")
+            put(self._stream, f"\r{line.ljust(len(self._bar))}")
             self._bar = line
-        self._stream.flush()
 
 
 class TensorBoardTracker:
@@ -240,7 +238,7 @@ def open_trackers(
     evaluated: bool = True,
     wandb_id: str,
     total_steps: int,
-    stream: TextIO,
+    stream: TextIO | None,
     warn: Callable[[str], None],
 ) -> Trackers:
     """Open what the configuration asks for. On rank 0; other ranks use an empty `Trackers()`.

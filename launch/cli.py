@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from dist_train.config.streams import open_standard_streams
+
 VERBS = {
     "run": ("launch.local", "start the ranks of a training on this machine and wait for them"),
     "submit": ("launch.submit", "submit a training, or a sweep of them, to SLURM"),
@@ -30,6 +32,7 @@ VERBS = {
 
 def main() -> int:
     """Run the verb of the command line; returns the exit code."""
+    open_standard_streams()
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         lines = [f"  {verb:<14} {what}" for verb, (_, what) in VERBS.items()]

@@ -35,6 +35,7 @@ from dist_train.config.arguments import Parser, add_run_options, compose_request
 from dist_train.config.check import check_world
 from dist_train.config.redact import redact, redact_words
 from dist_train.config.whole_file import read_json, write_atomically
+from dist_train.preemption import not_ignored
 from dist_train.run_folder import cpu_name
 
 SECONDS = 6.0
@@ -233,7 +234,7 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, _: Any) -> None:
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in ENDING}
+    before = {number: signal.signal(number, end) for number in not_ignored(ENDING)}
     try:
         yield
     finally:

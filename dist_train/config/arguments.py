@@ -15,6 +15,7 @@ from pathlib import Path
 from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
+from dist_train.config.streams import put
 from dist_train.config.whole_file import read_json, write_atomically
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
@@ -157,8 +158,8 @@ def let_another_speak(asked_to_end: Callable[[], bool] | None = None) -> None:
 
 def print_error(message: str) -> None:
     """Write the one line that a mistake gets."""
-    sys.stderr.write(f"dist-train: error: {' '.join(redact(message).split())}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody hears; the exit code tells
+        put(sys.stderr, f"dist-train: error: {' '.join(redact(message).split())}\n")
 
 
 def stop_with_parent() -> None:

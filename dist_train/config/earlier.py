@@ -56,7 +56,7 @@ def keys_missing(run_dir: Path) -> tuple[str, ...]:
     path = run_dir / "config.yaml"
     try:
         check_yaml(path, str(path))
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, ConfigError, yaml.YAMLError):
         return ()
     return missing_in(values) if is_whole(values) else ()

@@ -113,7 +113,7 @@ def _owner(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 def _scalar(path: Path, parts: list[str]) -> str | None:
     """Return the text of a key in a YAML file: with its groups before it, or those left out."""
-    root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
     for first in range(len(parts)):
         node = root
         for part in parts[first:]:

@@ -10,7 +10,7 @@ from typing import Any
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; an empty one if it is missing or torn."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -19,7 +19,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")  # in any locale
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

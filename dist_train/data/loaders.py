@@ -1,5 +1,6 @@
 """From the configuration to batches: the source, the validation split, and the loader that fits."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.augmentation import described, in_force
+from dist_train.config.streams import put
 from dist_train.data.batch import Batch
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
@@ -159,5 +161,5 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"dist_train: {line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        put(sys.stderr, f"dist_train: {line}\n")

@@ -1,5 +1,6 @@
 """What is left behind of a hang: a report with stacks, status.json, an event, a line on stderr."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from dist_train.config.redact import redact
+from dist_train.config.streams import put
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.heartbeat import Identity
 from dist_train.monitor.processes import (
@@ -124,7 +126,7 @@ def write_report(place: Place, text: str, kind: str = "hang") -> str | None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     node = f"-node{place.node}" if place.nodes > 1 else ""
     path = log / f"{kind}-{place.attempt}-{stamp}{node}.txt"
-    path.write_text(redact(text))
+    path.write_text(redact(text), encoding="utf-8")
     return str(path)
 
 
@@ -179,8 +181,5 @@ def append_event(place: Place, kind: str, *, step: int, rank: int, **details: An
 
 def say(text: str) -> None:
     """Write one line to standard error, which may be closed by now."""
-    try:
-        sys.stderr.write(f"dist_train: {text}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        put(sys.stderr, f"dist_train: {text}\n")
