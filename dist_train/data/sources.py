@@ -1,5 +1,7 @@
 """Choose the source of pictures by data.name, and check what it delivers."""
 
+import dataclasses
+
 import numpy as np
 
 from dist_train.config.augmentation import in_force
@@ -84,7 +86,11 @@ def _load(config: DataConfig, sign: SignOfLife) -> Source:
         case "cifar10":
             return load_cifar10(config)
         case "image_folder":
-            return load_image_folder(config, sign)
+            source = load_image_folder(config, sign)
+            if config.name != "auto":
+                return source
+            said = f"data.root={config.root} holds class folders: read as data=image_folder"
+            return dataclasses.replace(source, remarks=(said, *source.remarks))
         case "synthetic":
             return load_synthetic(config)
     raise ConfigError(

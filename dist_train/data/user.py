@@ -135,7 +135,7 @@ def _pictures(
     for split, found in whole.items():
         if isinstance(found, Pictures):
             continue
-        reason = f"of the {split} split: {found}"
+        reason = f"the {split} split {found}"
         if config.loader == "memory":
             raise ConfigError(
                 f"data.loader=memory cannot take {config.name}, because {reason}: use "
@@ -150,7 +150,9 @@ def _pictures(
             f"they are), because {reason}"
         )
     arrays = {name: found for name, found in whole.items() if isinstance(found, Pictures)}
-    return {**arrays}, "images are taken whole from .data and .targets, of which the items are rows"
+    return {
+        **arrays
+    }, "images in memory, taken whole from .data and .targets: item i is their row i"
 
 
 class AsTensors:

@@ -22,27 +22,27 @@ TRANSFORMS = ("transform", "transforms", "target_transform")
 
 
 def whole_arrays(dataset: Any) -> Pictures | str:
-    """Return the pictures of a data set, or why they are not taken whole.
+    """Return the pictures of a data set, or why they are not taken whole: what it has or does.
 
     Whether they are does not depend on chance, as long as random items draw from the generators
     of torch, NumPy and Python.
     """
     known = own_name(type(dataset))
     if any(getattr(dataset, name, None) is not None for name in TRANSFORMS):
-        return "it has a transform"
+        return "has a transform"
     names = ARRAYS.get(known or "", ("data", "targets"))
     data, targets = (getattr(dataset, name, None) for name in names)
     if not isinstance(data, np.ndarray | Tensor) or targets is None:
-        return "it does not keep its images in an array .data and its labels in .targets"
+        return "does not keep its images in an array .data and its labels in .targets"
     images, labels = np.asarray(data), np.asarray(targets)
     if known in CHANNELS_FIRST:
         images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] > 4:
-        return f"its .data are {images.dtype} of shape {tuple(np.shape(data))}"
+        return f"has .data of {images.dtype} and shape {tuple(np.shape(data))}"
     if len(dataset) != len(images):
-        return f"it has {len(dataset)} items, and .data {len(images)}"
+        return f"has {len(dataset)} items, and .data {len(images)}"
     pictures = Pictures(images=images, labels=labels)
     if known in ARRAYS or _marked(dataset):
         return pictures
@@ -62,17 +62,17 @@ def _why_not_its_items(dataset: Any, pictures: Pictures) -> str | None:
         return None  # refused for that
     if len(dataset) > MOST_COMPARED:
         return (
-            f"{len(dataset):,} items are too many to compare with .data and .targets (an attribute "
-            f"{MARK} = True says that they are the same)"
+            f"has {len(dataset):,} items, too many to compare with .data and .targets (an "
+            f"attribute {MARK} = True says that they are the same)"
         )
     before = _generators()
     try:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             if not _is_item(dataset[index], image, label):
-                return f"its item {index} is not (.data[{index}], .targets[{index}])"
-        return None if _same(before, _generators()) else "its items draw random numbers"
+                return f"has an item {index} that is not (.data[{index}], .targets[{index}])"
+        return None if _same(before, _generators()) else "draws random numbers for its items"
     except Exception as error:  # whatever the user's class raises: it is told where items are read
-        return f"its item cannot be compared with .data ({type(error).__name__})"
+        return f"has items that cannot be compared with .data ({type(error).__name__})"
     finally:
         _restore(before)
 

@@ -92,7 +92,7 @@ class WorkerLoader:
     def _load(
         self, pictures: WorkerPictures, keys: "_StepKeys | list[Keys]"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        workers = self._config.num_workers
+        workers = min(self._config.num_workers, len(keys))  # one without work may start too late
         loader = DataLoader(
             pictures,
             batch_sampler=keys,

@@ -45,7 +45,10 @@ def test_a_root_with_splits_of_class_folders_is_trained_on(tmp_path: Path) -> No
     assert not needs_a_first(config), "whoever decodes holds a lock"
     source = load(tmp_path / "mine")
     assert (source.name, source.classes) == ("image_folder", ("cat", "dog"))
-    assert (len(source.train), len(source.test), source.remarks) == (3, 2, ())
+    assert (len(source.train), len(source.test)) == (3, 2)
+    assert source.remarks == (
+        f"data.root={tmp_path / 'mine'} holds class folders: read as data=image_folder",
+    )
 
 
 def test_a_name_that_is_given_is_what_is_read(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_other_usual_names_of_the_splits_are_taken_and_said(
 
 
 def test_a_val_beside_test_is_said_to_be_unused(tmp_path: Path) -> None:
-    source = load(make(tmp_path / "mine", *WHOLE, "val/cat/0.png"))
+    source = load(make(tmp_path / "mine", *WHOLE, "val/cat/0.png"), "image_folder")
     assert len(source.test) == 2
     assert "mine/val is not used" in source.remarks[0]
     assert "data.val_fraction" in source.remarks[0]

@@ -194,17 +194,17 @@ def test_arrays_are_taken_whole_where_the_items_are_their_rows(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("Transformed", "of the train split: it has a transform"),
-        ("InTraining", "of the train split: it has a transform"),
-        ("InTest", "of the test split: it has a transform"),
-        ("Overridden", "its item 0 is not (.data[0], .targets[0])"),
-        ("Noisy", "its item 3 is not (.data[3], .targets[3])"),
-        ("OfMarked", "its item 0 is not"),
-        ("Floats", "its item 0 is not"),
-        ("Half", "it has 4 items, and .data 8"),
-        ("Chosen", "it has 2 items, and .data 4"),
-        ("Repeated", "its item cannot be compared with .data (RuntimeError)"),
-        ("Rarely", "its items draw random numbers"),
+        ("Transformed", "because the train split has a transform"),
+        ("InTraining", "because the train split has a transform"),
+        ("InTest", "because the test split has a transform"),
+        ("Overridden", "has an item 0 that is not (.data[0], .targets[0])"),
+        ("Noisy", "has an item 3 that is not (.data[3], .targets[3])"),
+        ("OfMarked", "has an item 0 that is not"),
+        ("Floats", "has an item 0 that is not"),
+        ("Half", "has 4 items, and .data 8"),
+        ("Chosen", "has 2 items, and .data 4"),
+        ("Repeated", "has items that cannot be compared with .data (RuntimeError)"),
+        ("Rarely", "draws random numbers for its items"),
         ("Lazy", "does not keep its images in an array .data"),
     ],
 )
@@ -231,7 +231,7 @@ def test_items_that_draw_random_numbers_leave_the_generators_as_they_were() -> N
 
 def test_too_many_items_to_compare_go_through_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_arrays, "MOST_COMPARED", 3)
-    assert "4 items are too many to compare" in load("Whole").remarks[-1]
+    assert "has 4 items, too many to compare" in load("Whole").remarks[-1]
     assert "items_are_data = True" in load("Whole").remarks[-1]
     assert isinstance(load("Marked").train, Pictures)
 
