@@ -62,7 +62,8 @@ def _main() -> int:
         cause = error.__cause__ if repeated else error
         if isinstance(cause, StepFailedError):  # the same on all ranks: told once
             if repeated or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-                sys.stderr.write(redact(f"{cause.trace}{cause}\n"))
+                trace = "" if cause.users else cause.trace
+                sys.stderr.write(redact(f"{trace}{cause}\n"))
             else:
                 let_another_speak(_asked)
         elif code == 1 or repeated:

@@ -1,14 +1,25 @@
 """Make the parts of a run from the configuration: model, precision, optimizer, average."""
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.importing import import_callable
+from dist_train.config.user_code import (
+    NEXT_LINE,
+    is_of_machine,
+    own_frame,
+    place,
+    said,
+    user_code,
+)
 from dist_train.device import arm_multiplies_bf16, multiplies_bf16
 from dist_train.distributed import Ranks
 from dist_train.heartbeat import Phase, Pulse
@@ -27,14 +38,13 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
         ConfigError: the factory cannot be imported, called, or returns no module.
     """
     factory = import_callable(config.model.factory, "model.factory")
+    _check_call(factory, config, num_classes)
     torch.manual_seed(seed_of(config.seed, 6))
-    try:
+    shown = ", ".join(
+        f"{k}={v!r}" for k, v in {"num_classes": num_classes, **config.model.args}.items()
+    )
+    with user_code(f"model.factory={config.model.factory} called with ({shown}) fails"):
         model = factory(num_classes=num_classes, **config.model.args)
-    except TypeError as error:
-        raise ConfigError(
-            f"model.factory={config.model.factory} cannot be called: {error}. It is given "
-            "num_classes and model.args by name"
-        ) from None
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.factory={config.model.factory} returned {type(model).__name__}: it must "
@@ -44,9 +54,37 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
         raise ConfigError(
             f"model.factory={config.model.factory} returned a module without trainable parameters"
         )
+    lazy = next(
+        (
+            name
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if is_lazy(tensor)
+        ),
+        None,
+    )
+    if lazy is not None:
+        raise ConfigError(
+            f"model.factory={config.model.factory} returned a module whose {lazy} has no shape "
+            "yet: give lazy layers their sizes, or let the factory forward a batch of zeros once"
+        )
     if config.model.activation_checkpointing:
         checkpoint_activations(model)
     return model.to(ranks.device)
+
+
+def _check_call(factory: Callable[..., Any], config: Config, num_classes: int) -> None:
+    """Raise ConfigError if the factory's signature does not take what it is given."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some built in C have none
+        return
+    try:
+        signature.bind(num_classes=num_classes, **config.model.args)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.factory={config.model.factory} cannot be called: {error}. It is given "
+            "num_classes and model.args by name"
+        ) from None
 
 
 def compile_in_place(model: nn.Module, pulse: Pulse) -> None:
@@ -146,8 +184,9 @@ def checked_logits(
     shape = tuple(images.shape)
     try:
         logits = model(images)
-    except (RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        short = isinstance(error, Exception) and is_out_of_memory(error)
+        if short or isinstance(error, ConfigError) or is_of_machine(error):
             raise
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             told = " ".join(str(error).split())[:300]
@@ -155,11 +194,7 @@ def checked_logits(
                 f"model.compile=true: torch cannot compile {factory}: {told}. Set "
                 "model.compile=false, or mend what it names"
             ) from error
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "
-            f"width): {first}. Make the model fit the data (model.args), or the data the model"
-        ) from error
+        raise ConfigError(_refusal_of_images(error, shape, factory)) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
@@ -173,6 +208,21 @@ def checked_logits(
             "from model.args"
         )
     return logits
+
+
+def _refusal_of_images(error: BaseException, shape: tuple[int, ...], factory: str) -> str:
+    frame = own_frame(error)
+    lines = [
+        f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "
+        f"width): {said(error).removeprefix('RuntimeError: ')}",
+        *([] if frame is None else [place(frame)]),
+        "Make the model fit the data (model.args), or the data the model",
+    ]
+    if shape[1] == 1:
+        lines[-1] += ": these images are grey, image.convert('RGB') gives them three channels"
+    if frame is None:  # one line is enough
+        return f"{lines[0]}. {lines[1]}"
+    return NEXT_LINE.join(lines)
 
 
 def _gains_from_bf16(device: torch.device) -> bool:

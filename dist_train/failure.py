@@ -19,6 +19,7 @@ import torch.distributed as dist
 from dist_train import chain
 from dist_train.chain import Cause
 from dist_train.config.redact import redact
+from dist_train.config.user_code import UserCodeError
 from dist_train.distributed import RankFailedError, Ranks
 from dist_train.preemption import stop_reason
 from dist_train.recovery import StepFailedError
@@ -76,7 +77,7 @@ class ChainNotes:
             attempt=self._ranks.attempt,
             rank=error.rank if told else self._ranks.rank,
             step=step,
-            type="" if told else type(error).__name__,
+            type="" if told or isinstance(error, UserCodeError) else type(error).__name__,
             message=redact(error.cause if told else str(error))[:2000],
         )
         if not self._folder.is_dir():  # on a machine that does not share the folder

@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Config, ConfigError
+from dist_train.config.user_code import (
+    NEXT_LINE,
+    UserCodeError,
+    is_of_machine,
+    own_frame,
+    place,
+    said,
+)
 from dist_train.memory import is_out_of_memory, memory_in_use
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.parallel import Replica
@@ -31,13 +39,16 @@ class StepFailedError(RuntimeError):
 
     exit_code = 1
 
-    def __init__(self, text: str, *, rank: int = 0, cause: str = "", trace: str = "") -> None:
+    def __init__(
+        self, text: str, *, rank: int = 0, cause: str = "", trace: str = "", users: bool = False
+    ) -> None:
         super().__init__(text)
         self.rank, self.cause, self.trace = rank, cause, trace
+        self.users = users  # the user's own code: the text says where, and needs no traceback
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the cause when it is sent to another process."""
-        return _remade, (str(self), self.rank, self.cause, self.trace)
+        return _remade, (str(self), self.rank, self.cause, self.trace, self.users)
 
 
 class RollBack(Exception):  # noqa: N818 # a request, raised on all ranks together
@@ -55,6 +66,7 @@ class Failure:
     rank: int
     kind: Literal["memory", "mistake", "error"]
     text: str
+    users: bool = False  # the user's own code: the text says where
     trace: str = ""
     memory: str = ""
 
@@ -89,27 +101,37 @@ class Recovery:
         self._failures: dict[int, Failure] = {}  # this rank's, by step, until it is agreed on
         self._repeated = -1  # fixed order: the step that had its second try
 
-    def contain(self, error: Exception) -> Failure:
+    def contain(self, error: Exception, *, at_start: bool = False) -> Failure:
         """Turn an exception in a step into this rank's part of the agreement, or raise it again.
 
         It is raised where the peers cannot be reached through the gradients: a broken process
         group, a device that accepts no more work, collectives inside the model.
+
+        Args:
+            error: what was raised.
+            at_start: nothing was trained yet: what the user's own code raises, it would raise
+                after a restart, too, and is a mistake.
         """
         text = f"{type(error).__name__}: {error}"
         of_group = isinstance(error, torch.distributed.DistError) or (
             isinstance(error, RuntimeError) and any(word in str(error) for word in OF_THE_GROUP)
         )
+        of_machine = of_group or is_out_of_memory(error) or is_of_machine(error)
+        shown = error if of_machine else _in_words(error, at_start=at_start)
         out_of_reach = not self._replica.recoverable or self._replica.gradients.all_sent
         if of_group or out_of_reach or any(word in text for word in STICKY):
             self.remember_shortage(error)
+            if shown is not error:
+                raise shown from error
             raise error
-        kind = "mistake" if isinstance(error, ConfigError) else "error"
+        kind = "mistake" if isinstance(shown, ConfigError) else "error"
         if is_out_of_memory(error):
             kind = "memory"
         failure = Failure(
             rank=self._replica.ranks.rank,
             kind=kind,
-            text=str(error) if kind == "mistake" else text,
+            text=text if shown is error and kind != "mistake" else str(shown),
+            users=isinstance(shown, UserCodeError),
             trace="".join(traceback.format_exception(error)),
             memory=memory_in_use(self._replica.ranks.device) if kind == "memory" else "",
         )
@@ -263,9 +285,21 @@ class Recovery:
         return min(self.micro_batch_size or whole, whole)
 
 
+def _in_words(error: Exception, *, at_start: bool) -> Exception:
+    """Return an error of the user's own code as one that says where; others as they are."""
+    frame = own_frame(error)
+    if isinstance(error, ConfigError) or (frame is None and not isinstance(error, UserCodeError)):
+        return error
+    text = str(error)
+    if frame is not None and not isinstance(error, UserCodeError):
+        text = NEXT_LINE.join([said(error), place(frame)])
+        text = f"the first step fails: {text}" if at_start else text
+    return ConfigError(text) if at_start else UserCodeError(text)
+
+
 def _failed(failure: Failure, text: str) -> StepFailedError:
-    return StepFailedError(text, rank=failure.rank, cause=failure.text, trace=failure.trace)
+    return _remade(text, failure.rank, failure.text, failure.trace, failure.users)
 
 
-def _remade(text: str, rank: int, cause: str, trace: str) -> StepFailedError:
-    return StepFailedError(text, rank=rank, cause=cause, trace=trace)
+def _remade(text: str, rank: int, cause: str, trace: str, users: bool) -> StepFailedError:
+    return StepFailedError(text, rank=rank, cause=cause, trace=trace, users=users)

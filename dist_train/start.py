@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dist_train.build import (
 )
 from dist_train.config import Config
 from dist_train.config.augmentation import hint
+from dist_train.config.user_code import user_code
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
@@ -62,8 +63,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         )
     initialise = getattr(model, "initialise_from", None)
     if callable(initialise):
-        some = data.loader.some_pictures
-        ranks.together(lambda: initialise(laid_out(some(SHOWN_TO_MODEL), form)))
+        ranks.together(lambda: _show_images(initialise, data, form))
     if config.model.compile:
         compile_in_place(model, ranks.pulse)
     mixed = _mixed_hardware(ranks.gather(_hardware(ranks.device)))
@@ -104,6 +104,11 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         memory_format=form,
         num_classes=data.num_classes,
     )
+
+
+def _show_images(initialise: Callable[[Tensor], object], data: Data, form: str) -> None:
+    with user_code("the model's initialise_from fails"):
+        initialise(laid_out(data.loader.some_pictures(SHOWN_TO_MODEL), form))
 
 
 def _hardware(device: torch.device) -> str:
@@ -188,7 +193,7 @@ def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
             try:
                 _forward_backward(parts, data)
             except Exception as error:
-                failure = parts.recovery.contain(error)
+                failure = parts.recovery.contain(error, at_start=True)
             replica.reduce(poison=failure is not None)
             repeat = parts.recovery.trial(failure, step)
     replica.gradients.begin()

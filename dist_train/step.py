@@ -44,7 +44,7 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> l
         try:
             _accumulate(parts, feed.take(step), outcomes, step=step, generation=generation)
         except Exception as error:
-            failure = recovery.contain(error)
+            failure = recovery.contain(error, at_start=step == 0)
         pulse.at("all-reduce", step)  # on a GPU until the norm is read: only then is it done
         replica.reduce(poison=failure is not None)
         if scaler is not None and failure is None:

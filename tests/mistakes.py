@@ -25,6 +25,7 @@ class Mistake:
     prepare: Callable[[Path], list[str]]
     told: tuple[str, ...]  # parts of the line: what is wrong, where, how to mend it
     env: dict[str, str] = field(default_factory=dict)  # of the ranks
+    lines: int = 1  # what the user's own code raises has a few
 
 
 def told(folder: Path, words: list[str]) -> tuple[int, str]:
@@ -44,12 +45,12 @@ def told(folder: Path, words: list[str]) -> tuple[int, str]:
         return code, errors.read().decode()
 
 
-def only_line(text: str) -> str:
-    """Return the one line of an error; anything beside it fails the test."""
+def only_line(text: str, *, lines: int = 1) -> str:
+    """Return the line (or `lines`) of an error; anything beside it fails the test."""
     start = "dist-train: error: "
     assert text.startswith(start), text
     assert text.endswith("\n"), text
-    assert text.count("\n") == 1, text
+    assert text.count("\n") == lines, text
     return text[len(start) : -1]
 
 
@@ -139,6 +140,13 @@ def _setting(*words: str) -> Callable[[Path], list[str]]:
     return lambda folder: _small(folder / "run", *words)
 
 
+def _items(kind: str) -> Callable[[Path], list[str]]:
+    words = [word for word in SMALL if not word.startswith("data.args.")]
+    data = ("data.name=tests.user_code:Items", f"data.args.kind={kind}", "data.num_workers=1")
+    whole = ("data.val_fraction=0", "train.global_batch_size=48", "train.steps=2")
+    return lambda folder: [*words, *data, *whole, f"run_dir={folder / 'run'}"]
+
+
 MISTAKES = {
     "missing data root": Mistake(
         prepare=_missing_root, told=("data.root=", "is not a folder", "train/ and test/")
@@ -201,6 +209,44 @@ MISTAKES = {
             "model.factory=tests.nets:thousand_classes", "train.micro_batch_size=auto"
         ),
         told=("gives 1000 outputs, the data have 10 classes", "num_classes"),
+    ),
+    "factory that raises": Mistake(
+        prepare=_setting("model.factory=tests.user_code:broken_net"),
+        told=(
+            "tests.user_code:broken_net called with (num_classes=10",
+            "KeyError: 'depth'",
+            "\n  at ",
+        ),
+        lines=2,
+    ),
+    "model that raises in its first forward": Mistake(
+        prepare=_setting("model.factory=tests.user_code:failing_net"),
+        told=("fails on pictures of shape (", "AssertionError: no message", "assert x is None"),
+        lines=3,
+    ),
+    "model that raises in its first backward": Mistake(
+        prepare=_setting("model.factory=tests.user_code:failing_net", "model.args.late=true"),
+        told=("the first step fails: ZeroDivisionError: ", "tests/user_code.py"),
+        lines=2,
+    ),
+    "pretrained weights of other classes": Mistake(
+        prepare=_setting("model.factory=torchvision.models:resnet18", "model.args.weights=DEFAULT"),
+        told=("expected value 1000 but got 10", "fix: pretrained weights"),
+        lines=3,
+    ),
+    "item that raises in a worker": Mistake(
+        prepare=_items("unlucky"),
+        told=("item 3 of the data set cannot be had: KeyError: 'image'", "tests/user_code.py"),
+        lines=2,
+    ),
+    "item of another size in a worker": Mistake(
+        prepare=_items("uneven"), told=("item 3 of the data set is a picture of", "make all alike")
+    ),
+    "data set that no worker can be sent": Mistake(
+        prepare=_items("closure"), told=("(its attribute f, a function)", "set data.num_workers=0")
+    ),
+    "label of the test split that training lacks": Mistake(
+        prepare=_items("late"), told=("item 30 of the data set has label 9, outside 0..3",)
     ),
     "fp16 without a GPU": Mistake(
         prepare=_setting("device=auto", "precision=fp16"),

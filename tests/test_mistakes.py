@@ -73,13 +73,17 @@ def run(
 
 
 def dist_train_run(
-    folder: Path, *words: str, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None
+    folder: Path,
+    *words: str,
+    prefix: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    lines: int = 1,
 ) -> str:
-    """Return the only line that the real command writes on standard error."""
+    """Return the only line (or `lines`) that the real command writes on standard error."""
     command = [sys.executable, "-m", "launch.cli", "run", "--nproc", "1", *words]
     done = run(*prefix, *command, cwd=folder, env=env)
     assert done.returncode == 2, done.stdout + done.stderr
-    return only_line(done.stderr)
+    return only_line(done.stderr, lines=lines)
 
 
 def torchrun(folder: Path, *words: str) -> str:
@@ -141,7 +145,7 @@ def test_the_ranks_say_it_once(name: str, tmp_path: Path) -> None:
     outcomes = start_ranks_of(told, 2, tmp_path, words, env=NO_GPU | mistake.env)
     assert [o.trace for o in outcomes] == ["", ""]
     assert [o.value[0] for o in outcomes] == [2, 2]
-    line = only_line(outcomes[0].value[1])
+    line = only_line(outcomes[0].value[1], lines=mistake.lines)
     for part in mistake.told:
         assert part in line
     assert outcomes[1].value[1] == "", "only the first rank of a node speaks"
@@ -151,7 +155,8 @@ def test_the_ranks_say_it_once(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_dist_train_run_says_it_once_and_nothing_else(name: str, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
-    line = dist_train_run(tmp_path, *mistake.prepare(tmp_path), env=mistake.env)
+    words = mistake.prepare(tmp_path)
+    line = dist_train_run(tmp_path, *words, env=mistake.env, lines=mistake.lines)
     for part in mistake.told:
         assert part in line
 

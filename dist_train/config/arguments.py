@@ -16,6 +16,7 @@ from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.streams import put
+from dist_train.config.user_code import NEXT_LINE
 from dist_train.config.whole_file import read_json, write_atomically
 
 VERDICT_VARIABLE = "DIST_TRAIN_VERDICT"  # a file through which ranks tell `dist-train run`
@@ -157,9 +158,10 @@ def let_another_speak(asked_to_end: Callable[[], bool] | None = None) -> None:
 
 
 def print_error(message: str) -> None:
-    """Write the one line that a mistake gets."""
+    """Write the one line that a mistake gets; one of the user's own code has a few."""
+    lines = [" ".join(line.split()) for line in redact(message).split(NEXT_LINE)]
     with contextlib.suppress(OSError, ValueError):  # nobody hears; the exit code tells
-        put(sys.stderr, f"dist-train: error: {' '.join(redact(message).split())}\n")
+        put(sys.stderr, f"dist-train: error: {NEXT_LINE.join(lines)}\n")
 
 
 def stop_with_parent() -> None:

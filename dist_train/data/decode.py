@@ -37,16 +37,20 @@ class Outcome:
 
 def read_rgb(path: str) -> Image.Image:
     """Decode a picture fully, as RGB. Raises whatever Pillow raises for a bad one."""
-    with Image.open(path) as opened:
-        image = _upright(opened)
-        if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-            grey = np.asarray(image) >> 8
-            return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no agreed white")
-        if "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+    with Image.open(path) as image:
+        return to_rgb(_upright(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB; 16 bits are scaled, and more have no agreed white."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        grey = np.asarray(image) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no agreed white")
+    if "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:

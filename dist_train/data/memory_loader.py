@@ -19,7 +19,7 @@ from dist_train.data.augment import (
     packed_cuts,
 )
 from dist_train.data.batch import Batch, copied_to, mix, plan_mixing
-from dist_train.data.pictures import Pictures
+from dist_train.data.pictures import Pictures, check_channels
 from dist_train.order import GlobalOrderSampler, sample_uniform, seed_of
 
 
@@ -38,21 +38,20 @@ class MemoryLoader:
         self._device = device
         self._train_indices = train_indices
         self._images = _resident(train.images, device)  # (num, h, w, c) uint8
-        self._labels = _resident(train.labels, device)
+        self._labels = _labels(train, device)
         same = {
             name: self._images if part is train else _resident(part.images, device)
             for name, (part, _) in splits.items()
         }
         self._splits = {
-            name: (same[name], _resident(part.labels, device), indices)
+            name: (same[name], _labels(part, device), indices)
             for name, (part, indices) in splits.items()
         }
+        height, width, channels = train.images.shape[1:]
+        check_channels(config, channels)
         mean, std = config.mean, config.std
         if mean is None or std is None:
             mean, std = _statistics(train.images, train_indices)
-        height, width, channels = train.images.shape[1:]
-        if len(mean) not in (1, channels):
-            raise ValueError(f"data.mean has {len(mean)} values for {channels} channels")
         self._normalise = Normaliser(mean, std, (height, width, channels), device)
         # What moves whole rows on the CPU mirrors once; further out one index a pixel does it.
         self._on_host = device.type == "cpu" and config.crop_padding < min(height, width)
@@ -123,6 +122,11 @@ class MemoryLoader:
             packed = copied_to(device, packed_cuts(cuts, len(indices)))
             images = augmented_on_device(self._images, rows, packed, config, self._normalise)
         return images, self._labels[rows]
+
+
+def _labels(pictures: Pictures, device: torch.device) -> Tensor:
+    """Return (num,) int64, which the loss asks for, of labels of any width."""
+    return _resident(pictures.labels.astype(np.int64, copy=False), device)
 
 
 def _resident(array: np.ndarray, device: torch.device) -> Tensor:

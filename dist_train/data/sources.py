@@ -108,7 +108,7 @@ def _check(pictures: Pictures, what: str, *, num_classes: int) -> None:
             f"{what} has {len(images)} pictures but labels of shape {labels.shape}: "
             "give one label for each picture"
         )
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iub":
         raise ConfigError(f"{what} has labels of {labels.dtype}: give whole numbers from 0")
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong) > 0:

@@ -4,18 +4,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-from dist_train.config.importing import import_callable, raised_where
+from dist_train.config.importing import import_callable
 from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.config.user_code import user_code
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
 from dist_train.data.torchvision_sets import FOLDERS, NUM_CLASSES, SPLITS, own_name
+from dist_train.data.user_checks import check_kept_labels, check_map_style, num_classes_of
 from dist_train.data.whole_arrays import whole_arrays
-from dist_train.data.worker_dataset import Items, WorkerPictures
-
-LABELS = ("targets", "labels", "_labels")  # where data sets keep them, torchvision's among them
+from dist_train.data.worker_dataset import WorkerPictures
 
 
 def load_user_source(config: DataConfig) -> Source:
@@ -87,21 +84,10 @@ def _call(factory: Callable[..., Any], config: DataConfig, split: dict[str, Any]
         raise ConfigError(
             f"data.name={config.name} cannot be called with ({shown}): {error}: {cure}"
         ) from error
-    try:
+    call = f"data.name={config.name} called with ({shown})"
+    with user_code(f"{call} fails"):
         dataset = factory(**arguments)
-    except Exception as error:  # whatever the user's function raises
-        raise ConfigError(
-            f"data.name={config.name} called with ({shown}) fails: {raised_where(error)}"
-        ) from error
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise ConfigError(
-            f"data.name={config.name} returns a {type(dataset).__name__}, no map-style data set: "
-            "return an object with __len__ and __getitem__(index) -> (picture, label)"
-        )
-    if len(dataset) == 0:
-        raise ConfigError(
-            f"data.name={config.name} called with ({shown}) returns an empty data set"
-        )
+    check_map_style(dataset, call)
     return dataset
 
 
@@ -116,9 +102,8 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...]:
         return tuple(given)
     known = NUM_CLASSES.get(own_name(type(dataset)) or "")
     num_classes = getattr(dataset, "num_classes", known)
-    targets = next((t for n in LABELS if (t := getattr(dataset, n, None)) is not None), None)
-    if num_classes is None and targets is not None:
-        num_classes = int(np.max(np.asarray(targets))) + 1
+    if num_classes is None:
+        num_classes = num_classes_of(dataset, name)
     if num_classes is None:
         raise ConfigError(
             f"data.name={name}: the number of classes is unknown: give the data set an attribute "
@@ -142,9 +127,11 @@ def _pictures(
                 "data.loader=workers"
             )
         pair = {
-            name: WorkerPictures(AsTensors(split), config, num_classes=num_classes)
+            name: WorkerPictures(split, config, num_classes=num_classes)
             for name, split in (("train", train), ("test", test))
         }
+        check_kept_labels(train, pair["train"], num_classes=num_classes)
+        check_kept_labels(test, pair["test"], num_classes=num_classes)
         return {**pair}, (
             f"images go through workers, to data.image_size={config.image_size} (float tensors as "
             f"they are), because {reason}"
@@ -153,25 +140,3 @@ def _pictures(
     return {
         **arrays
     }, "images in memory, taken whole from .data and .targets: item i is their row i"
-
-
-class AsTensors:
-    """A data set whose uint8 arrays of (height, width) or (height, width, channels) are tensors."""
-
-    def __init__(self, items: Items) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int, /) -> Any:
-        item = self._items[index]
-        if not (isinstance(item, tuple | list) and len(item) == 2):
-            return item
-        image = item[0]
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
-            return item
-        pixels = image[..., None] if image.ndim == 2 else image
-        if pixels.shape[-1] > 4:
-            return item
-        return torch.tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1))), item[1]

@@ -71,7 +71,7 @@ def _why_not_its_items(dataset: Any, pictures: Pictures) -> str | None:
             if not _is_item(dataset[index], image, label):
                 return f"has an item {index} that is not (.data[{index}], .targets[{index}])"
         return None if _same(before, _generators()) else "draws random numbers for its items"
-    except Exception as error:  # whatever the user's class raises: it is told where items are read
+    except (Exception, SystemExit) as error:  # told where the items are read
         return f"has items that cannot be compared with .data ({type(error).__name__})"
     finally:
         _restore(before)

@@ -1,6 +1,5 @@
 """Pictures that DataLoader workers open one by one; an item is a function of (index, seed)."""
 
-import operator
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,11 @@ from torch.utils.data import Dataset
 
 from dist_train.config.augmentation import parts_in_force
 from dist_train.config.schema import ConfigError, DataConfig
+from dist_train.config.user_code import UserCodeError, is_of_machine, told
 from dist_train.data.decode import read_rgb, why_unreadable
 from dist_train.data.folder_scan import PictureFile
 from dist_train.data.pictures import Pictures
+from dist_train.data.user_item import form, image_and_label
 
 
 class Items(Protocol):
@@ -45,6 +46,8 @@ class FileItems:
         try:
             return read_rgb(path), int(self._labels[index])
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+            if is_of_machine(error):
+                raise
             raise ConfigError(
                 f"{path} {why_unreadable(error)}, and could be when the run began: "
                 "copy it again and start the same command"
@@ -76,6 +79,8 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
 
         self._items = items
         self._num_classes = num_classes
+        # By whether they are for evaluation: the first image's index, shape and type.
+        self._alike: dict[bool, tuple[int, torch.Size, torch.dtype]] = {}
         size = config.image_size
         parts = parts_in_force(config, config.name)
         whole = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
@@ -95,54 +100,68 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         """Return the picture (channels, height, width) and its label.
 
-        uint8 of image_size, except that a float tensor of the user's own passes as it is.
+        uint8 of image_size, except that a float tensor of the user's own passes as it is, in
+        float32.
 
         Raises:
             ConfigError: the file is unreadable, or the item is of a wrong form; named.
+            UserCodeError: the data set raises; the item is named.
         """
         index, seed = key
         with _seeded(index if seed is None else seed):
             image, label = self._checked(index)
             if isinstance(image, Tensor) and image.is_floating_point():
-                return image, label
-            transform = self._evaluation if seed is None else self._training
-            return transform(image).as_subclass(Tensor), label
+                image = image.as_subclass(Tensor)
+            else:
+                image = self._transformed(image, index, training=seed is not None)
+        first, shape, dtype = self._alike.get(seed is None, (index, image.shape, image.dtype))
+        if image.shape != shape or image.dtype != dtype:
+            raise ConfigError(
+                f"item {index} of the data set is a picture of {image.dtype} and shape "
+                f"{tuple(image.shape)}, item {first} one of {dtype} and shape {tuple(shape)} "
+                "(channels, height, width): make all alike, in a PIL image's mode, too "
+                '(image.convert("RGB"))'
+            )
+        return image, label
+
+    def first(self, index: int, seed: int | None) -> tuple[int, int, int]:
+        """Look at one picture; those to come must be alike. Returns (c, h, w).
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        try:
+            image, _ = self[index, seed]
+        except UserCodeError as error:
+            raise ConfigError(str(error)) from error
+        self._alike[seed is None] = (index, image.shape, image.dtype)
+        channels, height, width = image.shape
+        return channels, height, width
+
+    def _transformed(self, image: Image.Image | Tensor, index: int, *, training: bool) -> Tensor:
+        try:
+            made = (self._training if training else self._evaluation)(image)
+        except Exception as error:  # of a form that a transform does not take
+            if is_of_machine(error):
+                raise
+            what = f"item {index} of the data set, a picture that is {form(image)}"
+            raise UserCodeError(told(f"{what}, cannot be cropped and resized", error)) from error
+        return made.as_subclass(Tensor)
+
+    @property
+    def items(self) -> Items:
+        """What it was made of."""
+        return self._items
 
     def _checked(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        item = self._items[index]
+        what = f"item {index} of the data set"
         try:
-            image, raw_label = item
-            label = operator.index(raw_label)
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"item {index} of the data set is {_form(item)}, not (picture, label): "
-                "return a pair whose label is a whole number"
-            ) from None
-        if not 0 <= label < self._num_classes:
-            raise ConfigError(
-                f"item {index} of the data set has label {label}, outside "
-                f"0..{self._num_classes - 1}: number the labels from 0, or give it all its classes"
-            )
-        if isinstance(image, Image.Image):
-            return image if image.mode in ("L", "RGB") else image.convert("RGB"), label
-        if (
-            isinstance(image, Tensor)
-            and image.ndim == 3
-            and (image.dtype == torch.uint8 or image.is_floating_point())
-        ):
-            return image, label
-        raise ConfigError(
-            f"item {index} of the data set has a picture that is {_form(image)}: return a PIL "
-            "image, or a uint8 or float tensor of shape (channels, height, width)"
-        )
-
-
-def _form(thing: object) -> str:
-    if isinstance(thing, Tensor | np.ndarray):
-        return f"a {type(thing).__name__} of {thing.dtype} and shape {tuple(thing.shape)}"
-    if isinstance(thing, tuple | list):
-        return f"a {type(thing).__name__} of ({', '.join(type(part).__name__ for part in thing)})"
-    return f"a {type(thing).__name__}"
+            item = self._items[index]
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ConfigError) or is_of_machine(error):
+                raise
+            raise UserCodeError(told(f"{what} cannot be had", error)) from error
+        return image_and_label(item, what, num_classes=self._num_classes)
 
 
 @contextmanager

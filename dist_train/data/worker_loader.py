@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_train.config import DataConfig
+from dist_train.config import ConfigError, DataConfig
 from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
+from dist_train.data.pictures import check_channels
 from dist_train.data.worker_dataset import WorkerPictures
+from dist_train.data.worker_exchange import (
+    InWorker,
+    check_sendable,
+    collate,
+    received,
+    script_hidden,
+)
 from dist_train.order import GlobalOrderSampler, StepShare, seed_of
 from dist_train.preemption import SIGNALS, blocked
 
 # Of the ImageNet training pictures: what pretrained torchvision models expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # their means: for any other number of channels
 
 LOOK_SEC = 1.0  # between two looks for the rank
 
@@ -42,12 +51,19 @@ class WorkerLoader:
         self._splits = splits
         self._config = config
         self._device = device
-        mean = torch.tensor(config.mean or IMAGENET_MEAN, device=device).view(1, -1, 1, 1)
-        std = torch.tensor(config.std or IMAGENET_STD, device=device).view(1, -1, 1, 1)
-        self._mean, self._std = 255 * mean, 255 * std
-        first, _ = train[(int(train_indices[0]), 0)]
-        channels, height, width = first.shape
-        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self._hide_script = True
+        if config.num_workers:  # before an item is asked for: it may open what cannot be sent
+            sent = {
+                id(pictures): pictures for pictures in (train, *(p for p, _ in splits.values()))
+            }
+            needs = [check_sendable(p, f"data.name={config.name}") for p in sent.values()]
+            self._hide_script = not any(needs)
+        self.image_shape = train.first(int(train_indices[0]), 0)
+        for split, (pictures, indices) in splits.items():
+            if len(indices) > 0:
+                shape = pictures.first(int(indices[0]), None)
+                _check_same_channels(split, shape[0], self.image_shape[0])
+        self._mean, self._std = _statistics(config, self.image_shape[0], device)
 
     def train_batches(
         self, sampler: GlobalOrderSampler, first_step: int, last_step: int
@@ -94,20 +110,21 @@ class WorkerLoader:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         workers = min(self._config.num_workers, len(keys))  # one without work may start too late
         loader = DataLoader(
-            pictures,
+            InWorker(pictures) if workers else pictures,
             batch_sampler=keys,
             num_workers=workers,
             pin_memory=self._device.type == "cuda",
             # a fork after torch has started its threads may deadlock
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=_end_with_own_rank if workers else None,
+            collate_fn=collate,
         )
         # torchrun and SLURM signal every process of a rank. Workers and their server inherit this
         # mask: they outlive the signal, so that the rank can finish its step and save.
         with blocked():
             resource_tracker.ensure_running()  # it unblocks two of the signals again
-            with blocked():
-                return iter(loader)
+            with blocked(), script_hidden(hide=self._hide_script and workers > 0):
+                return received(iter(loader))
 
     def _on_device(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
@@ -115,6 +132,24 @@ class WorkerLoader:
         if images.dtype == torch.uint8:
             images = (images.float() - self._mean) / self._std
         return images
+
+
+def _check_same_channels(split: str, channels: int, of_training: int) -> None:
+    if channels != of_training:
+        raise ConfigError(
+            f"the images of the {split} split have {channels} channels, those of training "
+            f"{of_training}: make all alike, for example by image.convert"
+        )
+
+
+def _statistics(config: DataConfig, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of pixels 0..255, each (1, c, 1, 1) or (1, 1, 1, 1)."""
+    given = (config.mean, config.std)
+    if config.mean is None or config.std is None:
+        given = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN, GREY_STD)
+    check_channels(config, channels)
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in given)
+    return 255 * mean, 255 * std
 
 
 def _end_with_own_rank(_number: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from dist_train.config.importing import import_callable
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import torchvision_sets, whole_arrays
+from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source
 from dist_train.data.splits import Source
@@ -133,6 +134,47 @@ class Wrong(Whole):
 
 def failing(train):
     raise RuntimeError("no file here\\nsecond line")
+
+def asserting(train):
+    assert train is None
+
+def exiting(train):
+    raise SystemExit(3)
+
+def sick_disk(train):
+    raise OSError(5, "Input/output error")
+
+class Unlucky(Whole):
+    def __getitem__(self, index):
+        raise KeyError("image")
+
+class NoLength(Lazy):
+    def __len__(self):
+        raise NotImplementedError
+
+class Late:
+    def __init__(self, train): self.targets = [0, 1, 2, 2 if train else 7]
+    def __len__(self): return 4
+    def __getitem__(self, index): return torch.zeros(1, 2, 2), self.targets[index]
+
+class Renumbered(Late):
+    num_classes = 3
+    def __init__(self, train): self.targets = [1, 2, 3, 3]
+    def __getitem__(self, index): return torch.zeros(1, 2, 2), self.targets[index] - 1
+
+class Words(Late):
+    def __init__(self, train): self.targets = ["cat", "dog", "cow"]
+
+class Streamed(torch.utils.data.IterableDataset):
+    num_classes = 3
+    def __init__(self, train): pass
+    def __len__(self): return 3
+    def __iter__(self): return iter([])
+
+class Wide(Whole):
+    def __init__(self, train, kind):
+        super().__init__(train)
+        self.targets = np.array([0, 1, 0, 1], dtype=kind)
 
 def nothing(train): return None
 def empty(train): return []
@@ -303,7 +345,6 @@ def test_torchvision_data_sets_fit_the_contract() -> None:
     [
         ("Unknown", "the number of classes is unknown: give the data set an attribute num_classes"),
         ("OtherClasses", ".classes differ between train=True and train=False"),
-        ("failing", "fails: RuntimeError: no file here ("),
         ("nothing", "returns a NoneType, no map-style data set"),
         ("empty", "returns an empty data set"),
         ("no_train", "unexpected keyword argument 'train'"),
@@ -314,6 +355,67 @@ def test_torchvision_data_sets_fit_the_contract() -> None:
 )
 def test_what_does_not_fit_is_said_in_one_line(name: str, told: str) -> None:
     assert told in refusal(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("failing", "called with (train=True) fails: RuntimeError: no file here second line", 0),
+        ("asserting", "called with (train=True) fails: AssertionError: no message", 0),
+        ("exiting", "called with (train=True) fails: SystemExit: 3", "it ends the process"),
+        ("NoLength", "returns fails: NotImplementedError: no message", 0),
+    ],
+)
+def test_what_the_users_code_raises_is_told_with_its_line(
+    name: str, said: str, line: str | int, module: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(name)
+    first, where, *fix = str(raised.value).split("\n")
+    assert said in first
+    assert where.startswith(f"  at {module / 'own_data.py'}:")
+    assert ("raise" in where) or ("assert" in where) or ("exit" in where)
+    assert bool(fix) == (line != 0)
+    assert not fix or str(line) in fix[0]
+
+
+def test_an_item_that_raises_is_told_with_its_line(module: Path) -> None:
+    train = load("Unlucky").train
+    assert isinstance(train, WorkerPictures)
+    with pytest.raises(ConfigError, match=r"item 2 .*: KeyError: 'image'\n  at .*own_data.py:"):
+        train.first(2, None)
+
+
+def test_a_disk_that_fails_is_no_mistake_of_the_code() -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        load("sick_disk")
+
+
+def test_a_label_kept_for_later_is_refused_at_once() -> None:
+    assert "item 3 of the data set has label 7, outside 0..2" in refusal("Late")
+    assert isinstance(load("Renumbered").train, WorkerPictures), "the item counts, not .targets"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Words", ".targets holds labels of <U3 and shape (3,) (the first: 'cat'): number"),
+        ("Streamed", "returns a Streamed, no map-style data set"),
+    ],
+)
+def test_labels_and_forms_that_do_not_fit_are_refused(name: str, said: str) -> None:
+    assert said in refusal(name)
+
+
+def test_labels_of_any_width_are_taken_into_memory() -> None:
+    for kind in ("int8", "uint8", "int32", "uint64", "bool"):
+        source = load("Wide", args={"kind": kind})
+        assert isinstance(source.train, Pictures)
+        config = DataConfig(name="own_data:Wide")
+        split = {"test": (source.train, np.arange(4))}
+        loader = MemoryLoader(source.train, split, np.arange(4), config, torch.device("cpu"))
+        [(_, batch)] = loader.eval_batches("test", 0, 1)
+        assert (batch.labels.dtype, batch.labels.tolist()) == (torch.int64, [0, 1, 0, 1])
 
 
 def test_wrong_arguments_are_said_in_one_line() -> None:

@@ -38,6 +38,8 @@ class Items:
         if self.kind == "random":
             value = float(torch.rand(())) + np.random.rand() + random.random()
             return torch.full((3, 4, 4), value), self.label
+        if self.kind == "int32":
+            return picture.astype(np.int32), self.label
         return picture, self.label
 
 
@@ -45,7 +47,7 @@ def dataset(items: Items | FileItems, **settings: Any) -> WorkerPictures:
     return WorkerPictures(items, DataConfig(image_size=16, **settings), num_classes=3)
 
 
-@pytest.mark.parametrize("kind", ["pil", "uint8"])
+@pytest.mark.parametrize("kind", ["pil", "uint8", "ndarray"])
 @pytest.mark.parametrize("randaugment", [False, True])
 @pytest.mark.parametrize("seed", [None, 5])
 def test_items_are_uint8_of_image_size(kind: str, randaugment: bool, seed: int | None) -> None:
@@ -127,8 +129,8 @@ def test_a_label_that_is_no_number_names_the_index(label: object) -> None:
 
 
 def test_a_picture_of_a_wrong_form_names_the_index() -> None:
-    with pytest.raises(ConfigError, match=r"item 6 .* a ndarray of uint8 and shape \(40, 50, 3\)"):
-        dataset(Items("ndarray"))[6, 1]
+    with pytest.raises(ConfigError, match=r"item 6 .* a ndarray of int32 and shape \(40, 50, 3\)"):
+        dataset(Items("int32"))[6, 1]
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
