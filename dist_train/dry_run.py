@@ -5,19 +5,21 @@ import os
 import torch
 
 from dist_train.build import build_model, checked_logits, precision_in_force
+from dist_train.checkpoint_folder import list_checkpoints
 from dist_train.config import Config
 from dist_train.config.augmentation import hint
 from dist_train.config.check import check_world
-from dist_train.config.identity import run_dir_of
+from dist_train.config.identity import as_begun, run_dir_of
 from dist_train.data.loaders import open_data
 from dist_train.device import threads_asked, threads_of
-from dist_train.distributed import single_process
+from dist_train.distributed import Ranks, single_process
 from dist_train.layout import detect_layout
 from dist_train.memory import estimate_memory
 from dist_train.memory_format import memory_format_in_force
 from dist_train.optim import peak_learning_rate
 from dist_train.order import micro_batches, shards, share
 from dist_train.plan import make_plan
+from dist_train.run_folder import RunFolder
 
 RANKS_VARIABLE = "DIST_TRAIN_DRY_RUN_RANKS"
 
@@ -32,6 +34,7 @@ def describe(config: Config) -> str:
     world_size = int(os.environ.get(RANKS_VARIABLE, layout.world_size))
     check_world(config, world_size)
     alone = single_process()
+    config = _for_the_run_there(config, alone)
     data = open_data(config, alone)
     plan = make_plan(config, data.num_train, world_size=world_size)
     model = build_model(config, data.num_classes, alone)
@@ -85,3 +88,10 @@ def describe(config: Config) -> str:
     lines = [f"*** {text} ***" for text in (data.notice, plan.notice, notice) if text]
     shown = [f"{name:<14} {value}" for name, value in rows]
     return "\n".join([*lines, *data.remarks, *shown])
+
+
+def _for_the_run_there(config: Config, alone: Ranks) -> Config:
+    """Return what the command means for the run that its folder holds, if it holds one."""
+    folder = RunFolder(run_dir_of(config), alone)
+    saved = folder.saved_config() if list_checkpoints(folder.checkpoints) else None
+    return config if saved is None else as_begun(config, saved, folder.path)

@@ -13,6 +13,7 @@ from PIL import Image
 from dist_train.config import Config, ConfigError
 from dist_train.config.augmentation import described, in_force, parts_in_force
 from dist_train.config.compose import CHECKOUT, compose, to_yaml
+from dist_train.config.earlier import LATER
 from dist_train.config.identity import config_hash
 from dist_train.config.schema import DataConfig
 from dist_train.data.loaders import Data, open_data
@@ -32,6 +33,7 @@ ALL = ("crop", "flip", "cutout")
     [
         ("auto", "cifar10", ALL),
         ("auto", "synthetic", ALL),
+        ("auto", "torchvision.datasets:CIFAR10", ALL),
         ("auto", "image_folder", ()),
         ("auto", "mine:data", ()),
         ("standard", "mine:data", ALL),
@@ -260,7 +262,11 @@ def test_an_unfinished_run_of_an_earlier_version_is_augmented_as_it_was(folder: 
     run_ranks(trained, 0, [*words, "data.augment=standard", "train.steps=1"])
     path = folder.parent / "run" / "config.yaml"
     values = yaml.safe_load(path.read_text())
-    del values["data"]["augment"]
+    for key in LATER:
+        group, name = key.split(".")
+        del values[group][name]
     path.write_text(yaml.safe_dump(values))
+    as_it_goes_on = describe(compose(words).config)
+    assert "augmentation   crop of +-4 pixels, flip\n" in as_it_goes_on
     (path.parent / "environment.json").write_text(json.dumps({}))
     assert run_ranks(trained, 0, words)[0]["augmentation"] == "crop of +-4 pixels, flip"

@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 from dist_train.config.schema import Config, DataConfig
 
-CIFAR10_OR_STAND_IN = ("auto", "cifar10", "synthetic")  # names of data
+FULL_NAME = "torchvision.datasets:CIFAR10"
+CIFAR10_OR_STAND_IN = ("auto", "cifar10", "synthetic", FULL_NAME)  # names of data
 PARTS = {"data.crop_padding": "crop", "data.flip": "flip", "data.cutout": "cutout"}
 HINT = "data.augment=standard crops and flips"
 
@@ -23,7 +24,7 @@ def with_own_parts(config: Config, own: Collection[str]) -> Config:
         own: dotted keys that the command or a file of the user's own sets.
     """
     data, words = config.data, _words(config.data)
-    if "auto" not in words or data.name in ("cifar10", "synthetic"):
+    if "auto" not in words or data.name in ("cifar10", "synthetic", FULL_NAME):
         return config
     wanted = [
         part
