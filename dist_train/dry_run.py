@@ -20,6 +20,7 @@ from dist_train.optim import peak_learning_rate
 from dist_train.order import micro_batches, shards, share
 from dist_train.plan import make_plan
 from dist_train.run_folder import RunFolder
+from dist_train.smallest import small_batches, try_small
 
 RANKS_VARIABLE = "DIST_TRAIN_DRY_RUN_RANKS"
 
@@ -49,6 +50,14 @@ def describe(config: Config) -> str:
     with torch.no_grad():
         two = torch.zeros(2, *data.loader.image_shape)
         checked_logits(model, two, data.num_classes, config.model.factory)
+        small = small_batches(config, plan, data, world_size=world_size, micro_batch_size=micro)
+        try_small(
+            model,
+            lambda size: torch.zeros(size, *data.loader.image_shape),
+            small,
+            num_classes=data.num_classes,
+            factory=config.model.factory,
+        )
     precision, notice = precision_in_force(config, torch.device(kind))
     asked_form = config.model.memory_format
     form = memory_format_in_force(asked_form, model, precision, kind)

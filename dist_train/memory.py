@@ -22,6 +22,8 @@ SHORT_OF_MEMORY = (
 )
 # cuDNN's word both for a convolution that it cannot compute and for no memory to compute it in.
 NO_ENGINE = "unable to find an engine"
+# BatchNorm's word for a micro-batch of one sample: of no meaning where memory allows no more.
+ONE_SAMPLE = "Expected more than 1 value per channel"
 LITTLE_LEFT = 0.1  # of the GPU's memory: then it is the second
 SAFETY = 0.9  # of what was found to fit: allocators fragment, pictures differ
 CGROUP_FILES = (  # limit and use, of versions 2 and 1
@@ -105,7 +107,7 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
         try:
             attempt(size)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not (size < most and ONE_SAMPLE in str(error)):
                 raise
             error.__traceback__ = None
         else:

@@ -23,7 +23,7 @@ from dist_train.config.user_code import (
     place,
     said,
 )
-from dist_train.memory import is_out_of_memory, memory_in_use
+from dist_train.memory import ONE_SAMPLE, is_out_of_memory, memory_in_use
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.parallel import Replica
 
@@ -93,6 +93,7 @@ class Recovery:
         """
         size = config.train.micro_batch_size
         self.micro_batch_size = None if size == "auto" else size
+        self.shortage = ""  # why the micro-batch in force is smaller than the one asked for
         self.events: list[dict[str, Any]] = []  # for rank 0 to record; the same on all ranks
         self._config = config
         self._replica = replica
@@ -223,6 +224,12 @@ class Recovery:
             self._replica.buffers.restore()
             self._replica.gradients.give_up()
         worst = next((f for f in found if f.kind != "memory"), None)
+        if worst is not None and self.shortage and ONE_SAMPLE in worst.text:
+            raise _failed(
+                worst,
+                f"rank {worst.rank} failed at step {step}: {self.shortage}, and BatchNorm needs "
+                "more than one sample at once: use a smaller model, smaller images or more ranks",
+            )
         if worst is not None and worst.kind == "mistake":
             raise ConfigError(worst.text)
         if worst is not None:
@@ -275,6 +282,7 @@ class Recovery:
             )
             raise _failed(first, f"{where}, {cure} ({first.text})")
         self.micro_batch_size = (now + 1) // 2
+        self.shortage = f"{where} with micro-batches of {now} ({first.text})"
         say = f"{where}: micro-batch {now} -> {self.micro_batch_size} on all, the step is repeated"
         self.events.append(event | {"say": say, "from": now, "to": self.micro_batch_size})
         return "retry"

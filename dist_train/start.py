@@ -32,6 +32,7 @@ from dist_train.plan import Plan
 from dist_train.recovery import Recovery
 from dist_train.run import Run
 from dist_train.run_folder import cpu_name
+from dist_train.smallest import SmallBatch, small_batches, try_small
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
 
@@ -135,7 +136,8 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     """
     config, ranks, module = parts.config, parts.replica.ranks, parts.replica.module
     known, remembered = parts.recovery.micro_batch_size, run.chain.micro_batch_size
-    if remembered is not None:  # an attempt before this one was short of memory
+    if remembered is not None:
+        parts.recovery.shortage = "an attempt before this one ran out of memory"
         parts.recovery.micro_batch_size = min(remembered, known or remembered)
     if config.train.micro_batch_size != "auto" or parts.recovery.micro_batch_size is not None:
         return
@@ -166,6 +168,8 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     sizes = ranks.gather(ranks.together(find))
     parts.replica.buffers.restore()  # here, not in an attempt: those that failed spoil them too
     parts.recovery.micro_batch_size = min(sizes)
+    if min(sizes) < whole:
+        parts.recovery.shortage = f"there is memory for {min(sizes)} of a share of {whole}"
     run.note(
         {
             "event": "micro_batch_size",
@@ -181,7 +185,8 @@ def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
 
     DDP rebuilds its buckets after its first iteration and then sums in another order: without
     this a resumed run would differ in bits. It also warms the communicator, and finds before
-    anything is trained a model that does not fit the data, or a micro-batch the memory.
+    anything is trained a model that does not fit the data or the smallest batches of them, or a
+    micro-batch the memory.
     """
     replica, ranks = parts.replica, parts.replica.ranks
     replica.buffers.remember()
@@ -196,6 +201,14 @@ def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
                 failure = parts.recovery.contain(error, at_start=True)
             replica.reduce(poison=failure is not None)
             repeat = parts.recovery.trial(failure, step)
+        batches = small_batches(
+            parts.config,
+            parts.plan,
+            data,
+            world_size=ranks.world_size,
+            micro_batch_size=parts.recovery.micro_batch_size,
+        )
+        ranks.together(lambda: _try_small(parts, data, batches))
     replica.gradients.begin()
     replica.buffers.restore()
 
@@ -228,6 +241,17 @@ def start_left_out_of_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _try_small(parts: Parts, data: Data, batches: list[SmallBatch]) -> None:
+    with as_written(parts.config), autocast(parts.precision, parts.replica.ranks.device):
+        try_small(
+            parts.replica.module,
+            lambda size: _blank(parts, data, size)[0],
+            batches,
+            num_classes=data.num_classes,
+            factory=parts.config.model.factory,
+        )
 
 
 def _forward_backward(parts: Parts, data: Data) -> None:

@@ -55,7 +55,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "wandb_tracker",
     ),
     ("build", "drift", "failure"),
-    ("checkpoint_writer", "run_folder", "state", "watchdog"),
+    ("checkpoint_writer", "run_folder", "smallest", "state", "watchdog"),
     ("checkpoint_tool", "saves", "summary"),
     ("saved_states",),
     ("run",),

@@ -20,6 +20,22 @@ def failing_net(num_classes: int, *, late: bool = False) -> nn.Module:
     return nn.Sequential(_Failing(late), plain_net(num_classes))
 
 
+def norm_net(num_classes: int) -> nn.Module:
+    """End with a BatchNorm of one value a channel and sample: one sample has no variance."""
+    pooled = (nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*pooled, nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+
+
+def squeezed_net(num_classes: int) -> nn.Module:
+    """Drop all dimensions of one, also that of the batch."""
+    return nn.Sequential(plain_net(num_classes), _Squeezed())
+
+
+class _Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze()
+
+
 class _Failing(nn.Module):
     def __init__(self, late: bool) -> None:
         super().__init__()
