@@ -1,5 +1,6 @@
 """Channels last where it was measured to gain; one form for filters, batches and a resume."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from torch import nn
 
 from dist_train import models
+from dist_train.config.earlier import BEGUN_WITHOUT, LATER
 from dist_train.memory_format import laid_out, lay_out, memory_format_in_force
 from dist_train.train import train
 from tests.ranks import run_ranks
@@ -162,8 +164,13 @@ def test_a_run_of_before_there_was_a_choice_goes_on_with_channels_last(tmp_path:
     begun = trained(folder, factory, "train.steps=2", "model.memory_format=channels_last")
     assert begun["memory_format"] == "channels_last"
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["model"]["memory_format"]
+    for key in LATER:
+        group, _, name = key.partition(".")
+        del config[group][name]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = json.loads((folder / "environment.json").read_text())
+    environment.pop(BEGUN_WITHOUT, None)
+    (folder / "environment.json").write_text(json.dumps(environment))
     resumed = trained(folder, factory, "train.steps=4")
     assert resumed["memory_format"] == "channels_last"
     anew = trained(tmp_path / "new", factory, "train.steps=4")
