@@ -9,12 +9,11 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 def memory_format_in_force(asked: str, module: nn.Module, precision: str, kind: str) -> str:
     """Return the form for a network: of FORMATS; the same on all ranks if `precision` is.
 
-    On CPUs (one thread of a Xeon with AMX, forward and backward, contiguous against channels last):
-    networks of dense or grouped convolutions take 0.96 to 1.8 times as long in fp32, 1.0 to 2.2
-    times in bf16; with depthwise ones 1.0 to 1.4 times in fp32, but 0.75 to 1.3 times in bf16;
-    attention, and patches that do not overlap, the same within 3 %. On GPUs the units for half
-    precision convolve channels last, and what lies otherwise is transposed before and after:
-    NVIDIA's Convolutional Layers User's Guide, "Tensor Layouts".
+    What contiguous takes, times channels last, on a CPU with AMX (benchmarks/RESULTS.md): networks
+    of dense or grouped convolutions 0.9 to 1.5 in fp32, 1.1 to 2.2 in bf16; with depthwise ones 1.0
+    to 1.35 in fp32, but 0.85 to 1.3 in bf16; attention, and patches that do not overlap, the same.
+    On GPUs the units for half precision convolve channels last, and what lies otherwise is
+    transposed before and after: NVIDIA's Convolutional Layers User's Guide, "Tensor Layouts".
 
     Args:
         asked: model.memory_format.

@@ -82,6 +82,18 @@ FOUND: dict[str, Any] = {
             }
         ]
     },
+    "memory_format": {
+        "nets": [
+            {
+                "net": "a net, 8, 64",
+                "precision": "bf16",
+                "channels_last_ms": 88.2,
+                "times": [1.31, 0.02],
+                "pairs": 5,
+                "auto": "channels_last",
+            }
+        ]
+    },
     "narrow_conv": {
         "nets": [
             {
@@ -114,6 +126,7 @@ SHOWN = {
     "checkpoint": ("90 MB", "1.13 +- 0.04", "99.1 +- 0.4 %"),
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
     "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),
+    "memory_format": ("| a net, 8, 64 | bf16 | 88 | 1.31 +- 0.02 times | 5 | channels_last |",),
     "narrow_conv": ("| a net | 584 | 740 | 1.27 +- 0.03 | 15 |",),
     "causes": ("| data | Wait (+- 1%)", "**wanted waiting**", "not run: needs root"),
     "predictions": ("-4.8%", "not run: needs root"),

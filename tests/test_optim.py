@@ -224,3 +224,25 @@ def test_a_resumed_optimizer_keeps_the_configurations_settings() -> None:
     model(torch.randn(5, 3, 4, 4)).square().sum().backward()
     lean_step(after)()  # with momentum from zeros
     assert all(after.state[p]["momentum_buffer"].abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_state_that_was_saved_in_other_strides_is_that_of_the_same_weights(name: str) -> None:
+    """Fused kernels take weights and momentum as rows of numbers, whatever their strides."""
+    config = OptimConfig(name=name)  # type: ignore[arg-type] # of the two
+    plain = nn.Conv2d(3, 4, 3, bias=False)
+    wide = nn.Conv2d(3, 4, 3, bias=False)
+    optimizer, other = build_optimizer(plain, config), build_optimizer(wide, config)
+    grad = torch.randn(4, 3, 3, 3)
+
+    def step(net: nn.Conv2d, taken: torch.optim.Optimizer) -> None:
+        net.weight.grad = torch.empty_like(net.weight).copy_(grad)  # in the weight's strides
+        lean_step(taken)()
+
+    step(plain, optimizer)
+    wide.load_state_dict(plain.state_dict())
+    wide.to(memory_format=torch.channels_last)
+    load_optimizer(other, copy.deepcopy(optimizer.state_dict()))
+    step(plain, optimizer)
+    step(wide, other)
+    assert torch.equal(plain.weight, wide.weight)
