@@ -111,6 +111,30 @@ def _no_picture(folder: Path) -> list[str]:
     return words
 
 
+def _classes_without_a_split(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    shutil.rmtree(folder / "pictures/test")
+    (folder / "pictures/train").rename(folder / "classes")
+    return [*words, f"data.root={folder / 'classes'}"]
+
+
+def _nested_classes(folder: Path) -> list[str]:
+    words = _pictures(folder)
+    for split in ("train", "test"):
+        (folder / "pictures" / split / "animals").mkdir()
+        (folder / "pictures" / split / "cat").rename(folder / "pictures" / split / "animals/cat")
+    return words
+
+
+def _root_of_one_split(folder: Path) -> list[str]:
+    return [*_pictures(folder), "data.name=auto", f"data.root={folder / 'pictures' / 'train'}"]
+
+
+def _no_cifar10(folder: Path) -> list[str]:
+    words = [word for word in SMALL if not word.startswith("data.")]
+    return [*words, f"data.cache_dir={folder / 'cache'}", "data.download=false"]
+
+
 def _other_code_behind_the_factory(folder: Path) -> list[str]:
     (folder / "user_net.py").write_text(NET.format("plain"))
     run_dir = trained(folder, "model.factory=user_net:net")
@@ -161,6 +185,21 @@ MISTAKES = {
     ),
     "no picture": Mistake(
         prepare=_no_picture, told=("test/cat/5.jpg is no picture", "copy it again or remove it")
+    ),
+    "class folders without a split": Mistake(
+        prepare=_classes_without_a_split,
+        told=("classes/train is missing", "belong to no split", "into train/<class>/"),
+    ),
+    "class folders in class folders": Mistake(
+        prepare=_nested_classes,
+        told=("train/animals/cat is a folder inside the class folder", "move them up"),
+    ),
+    "data root that is one of the splits": Mistake(
+        prepare=_root_of_one_split, told=("its parent has them: set data.root=", "/pictures")
+    ),
+    "CIFAR-10 that is not there": Mistake(
+        prepare=_no_cifar10,
+        told=("CIFAR-10 is not in ", "data.download=true", "give data=synthetic"),
     ),
     "other code behind the same factory": Mistake(
         prepare=_other_code_behind_the_factory,
