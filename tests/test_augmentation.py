@@ -257,6 +257,7 @@ def test_a_run_says_it_in_its_first_lines_and_its_summary(folder: Path) -> None:
     assert "augmentation: none; data.augment=standard crops and flips\n" in said
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_an_earlier_version_is_augmented_as_it_was(folder: Path) -> None:
     words = words_of(folder)
     run_ranks(trained, 0, [*words, "data.augment=standard", "train.steps=1"])
