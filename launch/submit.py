@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, add_run_options, compose_request, print_error
 from dist_train.config.check import check_world
+from dist_train.config.identity import name_of
 from dist_train.config.redact import redact_words
 from launch.job_record import JOBS_DIR, GitState, JobRecord, write_record
 from launch.job_settings import JobSettings, add_job_options, settings_of
@@ -124,7 +125,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     if snapshot is not None:
         elements = [_with_copies(element, options, snapshot) for element in elements]
     return Plan(
-        name=options.name or "+".join(dict.fromkeys(e.config.experiment for e in elements)),
+        name=options.name or "+".join(dict.fromkeys(name_of(e.config) for e in elements)),
         settings=settings,
         elements=elements,
         jobs_dir=options.jobs_dir,

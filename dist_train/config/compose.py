@@ -3,7 +3,8 @@
 No `@hydra.main`: nothing is written, the working directory stays, nothing is instantiated.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -22,6 +24,15 @@ from yaml import YAMLError
 from dist_train.config.augmentation import with_own_parts
 from dist_train.config.check import check
 from dist_train.config.earlier import filled
+from dist_train.config.layers import (
+    CALLED,
+    MAPPINGS,
+    Layer,
+    keep_own_arguments,
+    layers_of,
+    put_on_top,
+    with_packages,
+)
 from dist_train.config.overrides import parse_override, quoted
 from dist_train.config.redact import learn, mask, redact
 from dist_train.config.schema import Config, ConfigError
@@ -29,7 +40,10 @@ from dist_train.config.text import as_typed, restore_texts, texts_read_as_number
 from dist_train.config.typed import build, did_you_mean, flatten, leaves, plain, unknown_key
 from dist_train.config.yaml_limits import check_yaml
 
-SCHEMA = "schema_defaults"
+# Names in Hydra's store, which a program may use for its own: no common ones.
+SCHEMA, MAIN = "dist_train_schema", "dist_train_main"
+FIRST = {"model": "resnet9", "data": "auto", "optim": "sgd", "experiment": "cifar10_resnet9"}
+NO_EXPERIMENT = Config().experiment
 NO_SETTINGS = "cluster"  # a folder beside the groups: what a job asks SLURM for
 BUNDLED = Path(__file__).parents[1] / "_configs"  # in an installed wheel
 CHECKOUT = Path(__file__).parents[2] / "configs"  # in a checkout
@@ -68,41 +82,51 @@ def compose(
         _check_groups(config_dir)
     groups = _groups(folders) if config_file is None else {}
     parsed = [_parsed(o, groups, config_file) for o in overrides]
+    choices = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in groups}
+    experiment = choices.get("experiment", FIRST["experiment"])
+    with_experiment = experiment in groups.get("experiment", [])
+    singles = [o for o in parsed if o.key_or_group not in groups]
+    lines = [
+        o.input_line or ""
+        for o in parsed
+        if o.key_or_group in groups and (with_experiment or o.key_or_group != "experiment")
+    ]
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=plain(Config()))
-    main = _main(groups, config_file)
-    store.store(name="main", node=main)
-    GlobalHydra.instance().clear()
-    searchpath = f"hydra.searchpath=[{quoted(f'file://{folders[-1].resolve()}')}]"
+    main = _main(groups, config_file, with_experiment=with_experiment)
+    store.store(name=MAIN, node=main)
     try:
-        with initialize_config_dir(str(folders[0].resolve()), version_base="1.3"):
-            lines = [searchpath, *(o.input_line or "" for o in parsed)]
-            composed = hydra_compose("main", lines, return_hydra_config=True)
-            origins = {}
-            raw: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment] # a mapping
-            del raw["hydra"]
-            if explain or texts_read_as_numbers(raw):
+        with _hydra_in(folders):
+            lines.append(f"hydra.searchpath=[{quoted(f'file://{folders[-1].resolve()}')}]")
+            raw: dict[str, Any] = OmegaConf.to_container(hydra_compose(MAIN, lines))  # type: ignore[assignment] # a mapping
+            layers: list[Layer] = []
+            own_words = config_dir is not None or CALLED.keys() & choices.keys()
+            if explain or own_words or texts_read_as_numbers(raw):
                 loader = GlobalHydra.instance().config_loader()
-                files = loader.compute_defaults_list("main", lines, RunMode.RUN).defaults
-                origins = _origins(parsed, files, folders, config_file)
+                entries = loader.compute_defaults_list(MAIN, lines, RunMode.RUN).defaults
+                layers = layers_of(entries, folders)
+        if config_file is None:
+            raw["experiment"] = experiment if with_experiment else NO_EXPERIMENT
+        origins = _origins(layers, config_file)
+        restore_texts(raw, origins)
+        if own_words:
+            keep_own_arguments(raw, layers, choices)
+        put_on_top(raw, singles)
+        _refuse_resolvers(raw)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    restore_texts(raw, origins)
-    _replace_whole_mappings(raw, parsed)
-    _refuse_resolvers(raw)
-    choices = composed.hydra.runtime.choices
-    if "experiment" in groups and choices.get("experiment"):
-        raw["experiment"] = choices.experiment
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
         config = with_folders(build(Config, resolved))  # type: ignore[arg-type] # a mapping
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    own = {o.key_or_group for o in parsed} | _own_keys(choices, config_dir, main)
+    own = {o.key_or_group for o in parsed} | _own_keys(layers, config_dir, main)
     config = with_own_parts(config, own)
     check(config)
     learn(config)
-    return Composed(config=config, origins=origins)
+    if explain:
+        origins |= _of_command_line(singles)
+    return Composed(config=config, origins=origins if explain else {})
 
 
 def describe(composed: Composed) -> str:
@@ -139,11 +163,29 @@ def _check_groups(config_dir: Path) -> None:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _hydra_in(folders: list[Path]) -> Iterator[None]:
+    """Use Hydra's compose API in a program that may use Hydra itself: its state comes back."""
+    theirs, version = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+    GlobalHydra.instance().clear()
+    try:
+        with (
+            with_packages(folders[0]) as first,
+            initialize_config_dir(str(first.resolve()), version_base="1.3"),
+        ):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = theirs
+        VersionBase.instance().version_base = version
+
+
+def _main(
+    groups: dict[str, list[str]], config_file: Path | None, *, with_experiment: bool
+) -> dict[str, Any]:
     if config_file is None:
-        first = {"model": "resnet9", "data": "auto", "optim": "sgd"}
-        chosen = [{g: c} for g, c in first.items() if c in groups.get(g, [])]
-        return {"defaults": [SCHEMA, *chosen, {"experiment": "cifar10_resnet9"}]}
+        first = FIRST if with_experiment else {g: c for g, c in FIRST.items() if g != "experiment"}
+        chosen = [{group: choice} for group, choice in first.items() if group in groups]
+        return {"defaults": [SCHEMA, *chosen]}
     try:
         check_yaml(config_file, f"--config {config_file}")
         loaded = OmegaConf.load(config_file)
@@ -157,25 +199,29 @@ def _main(groups: dict[str, list[str]], config_file: Path | None) -> dict[str, A
 
 def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -> Override:
     """Parse one override and check its key, so that a slip is answered with the nearest key."""
+    for group, names in groups.items():
+        if line in names:
+            raise ConfigError(f"{line!r} is no override: write {group}={line}")
     override = parse_override(line)
     key = override.key_or_group
     value = override.value()
     if override.is_sweep_override():
         raise ConfigError(f"{line} is a sweep: one run takes one value; give several to a launcher")
-    if override.is_delete():
-        raise ConfigError(f"{line} deletes a setting, which cannot be: write {key}=VALUE")
     if "${" in line:
         _refuse_resolvers({key: override.value()})
-    if key in groups:
+    if key == "experiment" and key in groups and (override.is_delete() or value == "none"):
+        return parse_override("experiment=none")
+    if key in groups and not override.is_delete():
         if value not in groups[key]:
-            raise ConfigError(f"{line} does not exist{did_you_mean(str(value), groups[key])}")
+            known = [*groups[key], *(["none"] if key == "experiment" and value else [])]
+            raise ConfigError(f"{line} does not exist{did_you_mean(str(value), known)}")
         return override
+    owner = next((k for k in MAPPINGS if f"{key}.".startswith(f"{k}.")), None)
+    if owner is not None and all(key.split(".")):  # model.args.width=64 needs no "+"
+        return override
+    if override.is_delete():
+        raise ConfigError(f"{line} deletes a setting, which cannot be: write {key}=VALUE")
     known = dict(leaves(Config))
-    owners = [
-        k for k, hint in known.items() if "dict" in str(hint) and f"{key}.".startswith(f"{k}.")
-    ]
-    if owners:  # model.args.width=64 needs no "+"
-        return parse_override(f"++{line.lstrip('+~')}")
     if key == NO_SETTINGS:
         raise ConfigError(
             f"{line} is no setting of a run: it belongs to dist-train submit --cluster {value}"
@@ -185,24 +231,6 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     if key not in known:
         raise ConfigError(unknown_key(key, groups))
     return as_typed(override, known[key])
-
-
-def _replace_whole_mappings(raw: dict[str, Any], overrides: list[Override]) -> None:
-    """Let model.args={...} replace what a group set, and later model.args.x=1 add to it.
-
-    Hydra would merge the two.
-    """
-    for owner in (key for key, hint in leaves(Config) if "dict" in str(hint)):
-        mine = [o for o in overrides if f"{o.key_or_group}.".startswith(f"{owner}.")]
-        whole = [i for i, o in enumerate(mine) if o.key_or_group == owner]
-        if not whole:
-            continue
-        value = mine[whole[-1]].value()
-        node = OmegaConf.create({"args": value if isinstance(value, dict) else {}})
-        for override in mine[whole[-1] + 1 :]:
-            OmegaConf.update(node, f"args{override.key_or_group[len(owner) :]}", override.value())
-        group, name = owner.split(".")
-        raw[group][name] = OmegaConf.to_container(node)["args"]  # type: ignore[index] # a mapping
 
 
 def _refuse_resolvers(values: Any, key: str = "") -> None:
@@ -220,9 +248,7 @@ def _refuse_resolvers(values: Any, key: str = "") -> None:
         )
 
 
-def _own_keys(
-    choices: Mapping[str, str], config_dir: Path | None, main: dict[str, Any]
-) -> set[str]:
+def _own_keys(layers: list[Layer], config_dir: Path | None, main: dict[str, Any]) -> set[str]:
     """Return the dotted keys that the user's own files set, and not one of those here.
 
     Of a --config, whose values `main` holds, none where it names data.augment: it is decided there.
@@ -230,39 +256,30 @@ def _own_keys(
     keys = set(_dotted(OmegaConf.create({k: v for k, v in main.items() if k != "defaults"})))
     if "data.augment" in keys:
         return set()
-    for group, choice in choices.items() if config_dir is not None else ():
-        folder, _, package = group.partition("@")
-        path = Path(config_dir or "", folder, f"{choice}.yaml")
-        if path.is_file():
-            found = _dotted(OmegaConf.load(path))
-            keys |= {*found, *(f"{package or folder}.{key}" for key in found)}
+    for layer in layers:
+        if config_dir is not None and config_dir in layer.path.parents:
+            keys |= {f"{layer.prefix}{key}" for key in _dotted(OmegaConf.load(layer.path))}
     return keys
 
 
-def _origins(
-    overrides: list[Override], files: list[Any], folders: list[Path], config_file: Path | None
-) -> dict[str, str]:
-    """Map every key that something set to that something; later ones win, as in Hydra."""
+def _origins(layers: list[Layer], config_file: Path | None) -> dict[str, str]:
+    """Map every key that a file set to that file; later ones win, as in Hydra."""
     origins: dict[str, str] = {}
     if config_file is not None:
         origins |= dict.fromkeys(_dotted(OmegaConf.load(config_file)), str(config_file))
-    for entry in files:
-        for folder in folders:
-            path = folder / f"{entry.config_path}.yaml"
-            if not entry.config_path or not path.is_file():
-                continue
-            prefix = f"{entry.package}." if entry.package else ""
-            origins |= {f"{prefix}{k}": str(path) for k in _dotted(OmegaConf.load(path))}
-            break
-    for override in overrides:
-        name = override.key_or_group
-        hit = [
-            k
-            for k, h in leaves(Config)
-            if name == k or ("dict" in str(h) and name.startswith(f"{k}."))
-        ]
-        origins |= dict.fromkeys(hit, "command line")
+    for layer in layers:
+        keys = _dotted(OmegaConf.load(layer.path))
+        origins |= {f"{layer.prefix}{key}": str(layer.path) for key in keys}
     return origins
+
+
+def _of_command_line(overrides: list[Override]) -> dict[str, str]:
+    return {
+        key: "command line"
+        for key, _ in leaves(Config)
+        for o in overrides
+        if o.key_or_group == key or (key in MAPPINGS and o.key_or_group.startswith(f"{key}."))
+    }
 
 
 def _dotted(values: Any) -> list[str]:

@@ -26,6 +26,14 @@ FORMER_PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
     "cifar10_speed": {"precision": ("auto", "bf16")},
 }
 
+# What a bundled experiment's model was called with, and any other that took its place:
+# {experiment: (model.factory, model.args)}.
+FORMER_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cifar10_resnet9": ("dist_train.models:resnet9", {"width": 32}),
+    "cifar10_speed": ("dist_train.models:speed_net", {"widths": [64, 256, 256]}),
+    "quickstart": ("dist_train.models:resnet9", {"width": 16}),
+}
+
 
 def later_defaults() -> dict[str, Any]:
     """Return {key: default} of the settings in LATER."""
@@ -118,5 +126,13 @@ def _former_preset(config: Config) -> Config | None:
     return with_values(config, former) if former else None
 
 
+def _former_arguments(config: Config) -> Config | None:
+    """Return the settings with what an experiment's own model left to any other factory."""
+    factory, arguments = FORMER_ARGUMENTS.get(config.experiment, ("", {}))
+    if not arguments or config.model.factory == factory:
+        return None
+    return with_values(config, {"model.args": arguments | config.model.args})
+
+
 # What else the same command meant: each turns settings into those of before, or None.
-FORMER: tuple[Callable[[Config], Config | None], ...] = (_former_preset,)
+FORMER: tuple[Callable[[Config], Config | None], ...] = (_former_preset, _former_arguments)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from dist_train.config.earlier import LATER, former_meanings, keys_missing, later_defaults
@@ -44,6 +45,14 @@ NOT_IN_HASH = (
 )
 
 
+# Experiments that come with this package: made for CIFAR-10, and named after it.
+BUNDLED = (
+    "cifar10_resnet18",
+    "cifar10_resnet9",
+    "cifar10_speed",
+    "cifar10_tutorial",
+    "quickstart",
+)
 PATHS = ("run_dir", "data.root", "data.cache_dir")  # machines without a shared disk may differ
 
 
@@ -78,20 +87,40 @@ def full_hash(config: Config) -> str:
 
 
 def run_dir_of(config: Config) -> Path:
-    """Return the run's folder: the one asked for, else runs/<experiment>-<hash>.
+    """Return the run's folder: the one asked for, else runs/<what is trained>-<hash>.
 
     Without such a folder it is that in which an earlier version began this command's run.
     """
     if config.run_dir is not None:
         return Path(config.run_dir)
     runs = Path("runs")
-    folder = runs / f"{config.experiment}-{config_hash(config)}"
+    folder = runs / f"{name_of(config)}-{config_hash(config)}"
     if not folder.exists():
         for former in former_meanings(config):
             begun = runs / f"{former.experiment}-{_former_hash(former)}"
             if keys_missing(begun):
                 return begun
     return folder
+
+
+def name_of(config: Config) -> str:
+    """Return what is trained, for a folder's or a job's name.
+
+    That is the experiment; for data of the user's own under an experiment made for CIFAR-10 it is
+    theirs: mine_stripes for data.name=mine:stripes.
+    """
+    data = config.data
+    if config.experiment not in (*BUNDLED, Config().experiment):
+        return config.experiment
+    if ":" in data.name:
+        module, _, name = data.name.partition(":")
+        return re.sub(r"[^\w.+-]+", "_", f"{module.rpartition('.')[2]}_{name}", flags=re.ASCII)
+    has_classes = data.root is not None and any(
+        (Path(data.root) / name).is_dir() for name in ("train", "training")
+    )
+    if data.name == "image_folder" or (data.name == "auto" and has_classes):
+        return "image_folder"
+    return config.experiment
 
 
 def as_begun(config: Config, saved: Config, run_dir: Path) -> Config:

@@ -24,19 +24,29 @@ def parse_override(line: str) -> Override:
     """
     key, _, value = line.partition("=")
     value = value.strip(" \t")
-    is_setting = bool(value) and KEY.fullmatch(key) is not None
+    parsed = _tried(line)
+    if parsed is not None:
+        return parsed
+    in_quotes = None
+    if value and KEY.fullmatch(key) is not None and value[0] not in "[{\"'":
+        in_quotes = f"{key}={quoted(value)}"
+    parsed = None if in_quotes is None else _tried(in_quotes)
+    if parsed is not None and all(map(_is_plain, value)):
+        return parsed
+    cure = "write key=value, like optim.lr=0.1"
+    if parsed is not None and in_quotes is not None:
+        cure += (
+            "; text with other characters than the grammar's goes into quotes: "
+            f"{shlex.quote(in_quotes)}"
+        )
+    raise ConfigError(f"{line!r} is no override: {cure}")
+
+
+def _tried(line: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(line)
     except HydraException:
-        if is_setting and all(map(_is_plain, value)):
-            return OverridesParser.create().parse_override(f"{key}={quoted(value)}")
-    cure = "write key=value, like optim.lr=0.1"
-    if is_setting and value[0] not in "[{\"'":
-        cure += (
-            "; text with other characters than the grammar's goes into quotes: "
-            f"{shlex.quote(f'{key}={quoted(value)}')}"
-        )
-    raise ConfigError(f"{line!r} is no override: {cure}")
+        return None
 
 
 def quoted(text: str) -> str:
