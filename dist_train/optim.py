@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dist_train.config import Config, OptimConfig
 from dist_train.muon import Muon
-from dist_train.plan import Plan
+from dist_train.plan import ONE_CYCLE_WARMUP, Plan
 
 ONE_CYCLE_START = 1 / 25  # of the peak; Smith & Topin 2018, arXiv:1708.07120
-ONE_CYCLE_WARMUP = 0.3  # of the run, if no warm-up is set
 
 
 def peak_learning_rate(config: OptimConfig, global_batch_size: int) -> float:
@@ -32,7 +31,8 @@ def learning_rate(step: int, config: OptimConfig, plan: Plan) -> float:
     final = peak * config.final_lr_fraction
     warmup, total = plan.warmup_steps, plan.total_steps
     if config.schedule == "one_cycle":
-        warmup = warmup or round(ONE_CYCLE_WARMUP * total)
+        if config.warmup_steps is None:
+            warmup = warmup or round(ONE_CYCLE_WARMUP * total)
         if step < warmup:
             return _half_cosine(peak * ONE_CYCLE_START, peak, step / warmup)
         return _half_cosine(peak, final, _progress(step, warmup, total))

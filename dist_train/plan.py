@@ -6,6 +6,8 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.check import check_pieces
 from dist_train.order import steps_per_epoch
 
+ONE_CYCLE_WARMUP = 0.3  # of the run, if no warm-up is set
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -78,6 +80,8 @@ def make_plan(config: Config, num_train: int, *, world_size: int) -> Plan:
     warmup = config.optim.warmup_steps
     if warmup is None:
         warmup = round(config.optim.warmup_epochs * per_epoch)
+        if config.optim.schedule == "one_cycle":
+            warmup = warmup or round(ONE_CYCLE_WARMUP * total)
     notice = None
     if warmup >= total:
         notice = (

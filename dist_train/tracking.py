@@ -21,7 +21,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.redact import redact
 from dist_train.config.streams import is_terminal, put
 from dist_train.journal import LineFile
-from dist_train.wandb_tracker import WandbTracker
+from dist_train.wandb_tracker import WandbTracker, wandb_mode
 
 BAR_WIDTH = 20
 SHOWN_WAIT = 0.05  # of the time: less waiting for data is not shown
@@ -263,7 +263,7 @@ def open_trackers(
     ]
     if config.tracking.tensorboard:
         trackers.append(TensorBoardTracker(folder / "tensorboard", restored_step=restored_step))
-    if config.tracking.wandb.mode != "disabled":
+    if wandb_mode(config.tracking.wandb, os.environ) != "disabled":
         wandb = WandbTracker(
             config.tracking.wandb,
             folder,

@@ -32,6 +32,12 @@ CLOSE_SEC = 5.0
 SETTINGS_VARIABLE = "DIST_TRAIN_WANDB"  # the child's settings as JSON; no secrets
 
 
+def wandb_mode(settings: WandbConfig, env: Mapping[str, str]) -> str:
+    """Return the mode in force: `auto` is off where W&B's own variables say so."""
+    off = env.get("WANDB_MODE") == "disabled" or env.get("WANDB_DISABLED", "").lower() == "true"
+    return "disabled" if settings.mode == "auto" and off else settings.mode
+
+
 class WandbTracker:
     """Feeds the child with one JSON line a record.
 

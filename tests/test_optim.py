@@ -67,6 +67,17 @@ def test_one_cycle_starts_low_peaks_and_ends_lower() -> None:
     assert rates[-1] < 0.001
 
 
+def test_no_warm_up_is_none_in_any_schedule() -> None:
+    for schedule in ("one_cycle", "cosine", "linear", "constant"):
+        optim = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=0)
+        rates = curve(optim, 100)
+        assert rates[0] == max(rates) == 1.0, schedule
+    words = ("optim.schedule=one_cycle", "train.steps=100", "optim.warmup_epochs=0")
+    assert make_plan(small("unused", *words), 216, world_size=1).warmup_steps == 30
+    words += ("optim.warmup_steps=0",)
+    assert make_plan(small("unused", *words), 216, world_size=1).warmup_steps == 0
+
+
 def test_a_resumed_step_has_the_rate_of_an_unbroken_run() -> None:
     config = OptimConfig(lr=0.3)
     whole = curve(config, 50, warmup=7)

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from dist_train.config import ConfigError, WandbConfig
-from dist_train.wandb_tracker import QUEUE_RECORDS, WandbTracker
+from dist_train.wandb_tracker import QUEUE_RECORDS, WandbTracker, wandb_mode
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +163,23 @@ def test_a_killed_training_process_leaves_no_child(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert list((tmp_path / "wandb").glob("offline-run-*-id0/run-id0.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "env", "in_force"),
+    [
+        ("auto", {}, "auto"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_DISABLED": "true"}, "disabled"),
+        ("auto", {"WANDB_MODE": "offline", "WANDB_DISABLED": "false"}, "auto"),
+        ("online", {"WANDB_MODE": "disabled"}, "online"),
+        ("disabled", {"WANDB_MODE": "online"}, "disabled"),
+    ],
+)
+def test_auto_is_off_where_wandbs_own_variables_say_so(
+    mode: Literal["auto", "online", "disabled"], env: dict[str, str], in_force: str
+) -> None:
+    assert wandb_mode(WandbConfig(mode=mode), env) == in_force
 
 
 def test_a_missing_package_names_the_command(
