@@ -10,12 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dist_train.config.compose import compose, describe
 from dist_train.config.redact import redact, refuse_redacted
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.streams import put
+from dist_train.config.synonyms import option_for, setting_for
+from dist_train.config.typed import leaves
 from dist_train.config.user_code import NEXT_LINE
 from dist_train.config.whole_file import read_json, write_atomically
 
@@ -24,6 +28,7 @@ RUN_DIR_VARIABLE = "DIST_TRAIN_RUN_DIR"  # where `dist-train run` looks, for its
 MET_FILE = "met.json"  # beside it: what the ranks have agreed on
 BEGUN_FILE = "begun"  # beside it, once their first step is done: there may be something to save
 NODES_VARIABLE = "DIST_TRAIN_NNODES"
+GROUPS = ("model", "data", "optim")  # beside experiment
 LINGER_SEC = 10.0
 LINGER_SLICE_SEC = 0.05  # how often a silent rank looks whether it is asked to end
 
@@ -38,10 +43,55 @@ class Request:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError where argparse would print its usage and exit."""
+    """Raises ConfigError where argparse would print its usage and exit; says what is meant."""
+
+    _words: tuple[str, ...] = ()
+
+    def parse_known_intermixed_args(  # type: ignore[override] # it has two forms
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """Parse, and remember the words for the message of an error."""
+        self._words = tuple(args if args is not None else sys.argv[1:])
+        return super().parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override] # raises instead of exiting
-        raise ConfigError(f"{message}: see --help")
+        begin = "unrecognized arguments: "
+        if not message.startswith(begin):
+            raise ConfigError(f"{message}: see --help")
+        unknown = message.removeprefix(begin).split()[0]
+        options = [o for action in self._actions for o in action.option_strings]
+        hint = instead_of(unknown, self._words, options)
+        raise ConfigError(f"{message}: {hint or 'see --help'}")
+
+
+def instead_of(unknown: str, words: tuple[str, ...], options: list[str]) -> str | None:
+    """Return what to write instead of an option that there is not: --lr 0.1 is optim.lr=0.1.
+
+    Args:
+        unknown: the option.
+        words: all of the command line: its value may be the next one.
+        options: those that there are.
+    """
+    option, equals, value = unknown.partition("=")
+    name = option.lstrip("-").replace("-", "_")
+    if not equals:
+        following = words[words.index(unknown) + 1 :] if unknown in words else ()
+        value = next(iter(following), "-")
+        value = "VALUE" if value.startswith("-") or "=" in value else value
+    meant = setting_for(name)
+    known = [key for key, _ in leaves(Config)]
+    near = [option_for(name), *get_close_matches(option, options, 1, 0.75)]
+    near = [o for o in near if o in options]
+    if name == "experiment" or (meant is None and (name in known or name in GROUPS)):
+        return f"settings are written {name}={value}"
+    same = [key for key in known if key.rpartition(".")[2] == name]
+    if meant is None and len(same) == 1:
+        meant = same[0]
+    if meant is not None:
+        setting, _, remark = meant.partition(" ")
+        written = setting if "=" in setting else f"{setting}={value}"
+        return f"settings are written {written}" + (f" ({remark})" if remark else "")
+    return f"did you mean {near[0]}?" if near else None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
+from dist_train.config.synonyms import option_for, setting_for
+
+MOST_SHOWN = 6  # keys of a group
 
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -31,8 +34,21 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def unknown_key(key: str, groups: Iterable[str] = ()) -> str:
-    """Say that `key` is none of ours, with the nearest key or group that is."""
-    hint = did_you_mean(key, [*groups, *(k for k, _ in leaves(Config))])
+    """Say that `key` is none of ours, with the key, group or option that is meant."""
+    keys, last = [k for k, _ in leaves(Config)], key.rpartition(".")[2]
+    meant, option = setting_for(key), option_for(key)
+    if meant is None and not any(k.rpartition(".")[2] == last for k in keys):
+        meant, option = setting_for(last), option or option_for(last)
+    if meant is not None:
+        setting, _, remark = meant.partition(" ")
+        return f"unknown key {key!r}: did you mean {setting}?" + (f" ({remark})" if remark else "")
+    if option is not None:
+        return f"unknown key {key!r}: it is no setting but an option: dist-train run {option}"
+    within = [k for k in keys if k.startswith(f"{key}.")]
+    if within:
+        shown = ", ".join(within[:MOST_SHOWN]) + (" ..." if len(within) > MOST_SHOWN else "")
+        return f"unknown key {key!r}: it is a group of settings: {shown}"
+    hint = did_you_mean(key, [*groups, *keys])
     return f"unknown key {key!r}{hint or ': --print-config lists all'}"
 
 
