@@ -82,7 +82,7 @@ def _claim(run: Run) -> Claim:
     """Lock, compare and start the folder. Rank 0 only."""
     config, folder, ranks = run.config, run.folder, run.ranks
     folder.claim()
-    run.say(f"run folder: {folder.path}")
+    run.say(f"run folder: {folder.given}")
     how_many = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     run.say(f"{how_many}, started by {ranks.started_by}")
     elastic = elastic_nodes(os.getppid(), os.environ) if ranks.launcher == "torchrun" else None

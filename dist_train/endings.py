@@ -35,7 +35,7 @@ def end_preempted(run: Run, progress: Progress, reasons: list[str | None]) -> di
     run.folder.event("preempted", step=progress.step, reason=why)
     run.folder.set_status("preempted", step=progress.step, exit_code=0, reason=why)
     run.say(f"stopped at step {progress.step} ({why}) and saved: the same command continues")
-    return {"state": "preempted", "steps": progress.step, "run_dir": str(run.path)}
+    return {"state": "preempted", "steps": progress.step, "run_dir": str(run.folder.given)}
 
 
 def end_unstarted(run: Run, reasons: list[str | None]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def end_unstarted(run: Run, reasons: list[str | None]) -> dict[str, Any]:
     why, step = f"{reason} on rank {rank}", run.folder.read_status().get("step", 0)
     run.folder.set_status("preempted", step=step, exit_code=0, reason=why)
     run.say(f"stopped before the start ({why}): the same command continues")
-    return {"state": "preempted", "steps": step, "run_dir": str(run.path)}
+    return {"state": "preempted", "steps": step, "run_dir": str(run.folder.given)}
 
 
 def end_finished(
@@ -60,7 +60,7 @@ def end_finished(
     if parts.ema is not None:
         parts.ema.swap()  # the average is what was evaluated
     summary = make_summary(parts, progress, data, result, run.facts["device"])
-    summary["run_dir"] = str(run.path)
+    summary["run_dir"] = str(run.folder.given)
     if run.saves is not None:
         try:
             run.saves.finish(progress.step, "the run is over", retry_sec=END_RETRY_SEC)

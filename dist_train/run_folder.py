@@ -40,6 +40,8 @@ class RunFolder:
     """The folder of one run, held under a lock by this process's rank 0."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.given = path  # as the user named it, to be shown
+        path = path.absolute()  # the user's modules may change the working directory
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._ranks = ranks

@@ -37,7 +37,8 @@ class SavedStates:
             ranks: the ranks.
             warn: told of every refused checkpoint, on rank 0.
         """
-        self._resume = resume
+        # Named from where the command was given: the user's modules may go elsewhere.
+        self._resume = resume if resume in ("auto", "never") else str(Path(resume).absolute())
         self._folder = folder
         self._ranks = ranks
         self._warn = warn

@@ -171,6 +171,14 @@ def _items(kind: str) -> Callable[[Path], list[str]]:
     return lambda folder: [*words, *data, *whole, f"run_dir={folder / 'run'}"]
 
 
+def _module(text: str) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        (folder / "user_module.py").write_text(text)
+        return _small(folder / "run", "model.factory=user_module:net")
+
+    return prepare
+
+
 MISTAKES = {
     "missing data root": Mistake(
         prepare=_missing_root, told=("data.root=", "is not a folder", "train/ and test/")
@@ -230,6 +238,26 @@ MISTAKES = {
     "no such factory": Mistake(
         prepare=_setting("model.factory=tests.nets:plane_net"),
         told=("has no 'plane_net'", "did you mean 'plain_net'?"),
+    ),
+    "factory in other capitals": Mistake(
+        prepare=_setting("model.factory=tests.nets:PLAIN_net"),
+        told=("has no 'PLAIN_net'", "did you mean 'plain_net'?"),
+    ),
+    "package that is not installed": Mistake(
+        prepare=_setting("model.factory=nosuchpackage:create_model"),
+        told=(
+            "there is no module 'nosuchpackage'",
+            "pip install nosuchpackage",
+            "in the folder of nosuchpackage.py",
+        ),
+    ),
+    "module that needs a package": Mistake(
+        prepare=_module("import cv2nosuch\n"),
+        told=("No module named 'cv2nosuch'", "user_module.py:1", "pip install cv2nosuch"),
+    ),
+    "module that is a program": Mistake(
+        prepare=_module("import sys\nsys.exit('usage: train DIR')\n"),
+        told=("SystemExit: usage: train DIR", "user_module.py:2", "if __name__ == '__main__':"),
     ),
     "factory returns no module": Mistake(
         prepare=_setting("model.factory=tests.nets:no_module"),

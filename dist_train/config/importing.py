@@ -1,16 +1,26 @@
 """Find what `package.module:callable` means, or say in one line why it cannot be found."""
 
+import contextlib
 import difflib
 import importlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dist_train.config.schema import ConfigError
+
+PACKAGES = {  # that are called otherwise than their modules
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "pytorch_lightning": "lightning",
+}
 
 
 def import_callable(path: str, key: str) -> Callable[..., Any]:
@@ -47,12 +57,13 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or nothing if no name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """Return `; did you mean 'x'?`, or nothing if no name is near; capitals do not matter."""
+    spelt = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower(), list(spelt), n=1)
+    return f"; did you mean {spelt[found[0]]!r}?" if found else ""
 
 
-def raised_where(error: Exception) -> str:
+def raised_where(error: BaseException) -> str:
     """Return the error and the innermost place it comes from, in one line."""
     if isinstance(error, SyntaxError):  # the innermost frame is the importer's
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
@@ -64,17 +75,41 @@ def raised_where(error: Exception) -> str:
 
 def _import_module(module_name: str, given: str) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+        with _as_if_alone(module_name):
+            return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
         if not missing or not f"{module_name}.".startswith(f"{missing}."):
+            cure = _package_of(missing) if missing else ""
+            if isinstance(error, SystemExit):
+                cure = "; put what is to run as a program under `if __name__ == '__main__':`"
             raise ConfigError(
-                f"{given}: importing {module_name} fails: {raised_where(error)}"
+                f"{given}: importing {module_name} fails: {raised_where(error)}{cure}"
             ) from error
         parent, _, last = missing.rpartition(".")
         folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
         known = [module.name for module in pkgutil.iter_modules(folders)]
+        cure = nearest(last, known)
+        if not cure and not parent:
+            cure = f"{_package_of(missing)}; or give the command in the folder of {missing}.py"
         raise ConfigError(
             f"{given}: there is no module {missing!r} in {parent or Path.cwd()} "
-            f"or on PYTHONPATH{nearest(last, known)}"
+            f"or on PYTHONPATH{cure}"
         ) from error
+
+
+def _package_of(module: str) -> str:
+    """Return how to install what a module is missing from, if it is a package."""
+    first = module.partition(".")[0]
+    return f"; if it is a package, pip install {PACKAGES.get(first, first)}"
+
+
+@contextlib.contextmanager
+def _as_if_alone(module_name: str) -> Iterator[None]:
+    """Hide this process's arguments from a module that parses its own while it is imported."""
+    words = sys.argv
+    sys.argv = [module_name]
+    try:
+        yield
+    finally:
+        sys.argv = words

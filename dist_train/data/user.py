@@ -1,7 +1,9 @@
 """A data set of the user's own, by import path, under torchvision's contract."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dist_train.config.importing import import_callable
@@ -25,6 +27,7 @@ def load_user_source(config: DataConfig) -> Source:
     Raises:
         ConfigError: it does not import, cannot be called so, fails, or returns no data set.
     """
+    config = _from_here(config)
     factory = import_callable(config.name, "data.name")
     splits, remarks = _splits(factory, config)
     train, test = (_call(factory, config, split) for split in splits)
@@ -42,6 +45,13 @@ def load_user_source(config: DataConfig) -> Source:
         train=pictures["train"],
         test=pictures["test"],
     )
+
+
+def _from_here(config: DataConfig) -> DataConfig:
+    """Name a root that exists by its whole path: the user's module may change the folder."""
+    if config.root is None or not Path(config.root).exists():
+        return config
+    return dataclasses.replace(config, root=str(Path(config.root).absolute()))
 
 
 def _splits(

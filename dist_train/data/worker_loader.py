@@ -1,8 +1,9 @@
 """Batches through torch's DataLoader: for pictures that do not fit in memory or are uneven."""
 
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -30,6 +31,9 @@ from dist_train.preemption import SIGNALS, blocked
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # their means: for any other number of channels
 
+# man 7 unix: 108 bytes with the zero; multiprocessing adds /pymp-abcdefgh/listener-abcdefgh.
+LONGEST_TMPDIR = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
+SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
 LOOK_SEC = 1.0  # between two looks for the rank
 
 Keys = list[tuple[int, int | None]]
@@ -109,6 +113,8 @@ class WorkerLoader:
         self, pictures: WorkerPictures, keys: "_StepKeys | list[Keys]"
     ) -> Iterator[tuple[Tensor, Tensor]]:
         workers = min(self._config.num_workers, len(keys))  # one without work may start too late
+        if workers:
+            find_place_for_sockets()
         loader = DataLoader(
             InWorker(pictures) if workers else pictures,
             batch_sampler=keys,
@@ -150,6 +156,30 @@ def _statistics(config: DataConfig, channels: int, device: torch.device) -> tupl
     check_channels(config, channels)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in given)
     return 255 * mean, 255 * std
+
+
+def find_place_for_sockets() -> None:
+    """Let workers meet in a folder whose name is short enough for a socket; TMPDIR may be longer.
+
+    Raises:
+        ConfigError: no shorter one can be written to.
+    """
+    given = tempfile.gettempdir()
+    if len(os.fsencode(given)) <= LONGEST_TMPDIR:
+        return
+    for folder in SHORT_TMPDIRS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            break
+    else:
+        raise ConfigError(
+            f"TMPDIR={given} is too long for the sockets of loader workers: set TMPDIR to a folder "
+            f"of at most {LONGEST_TMPDIR} letters, or data.num_workers=0"
+        )
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        multiprocessing.util.get_temp_dir()  # made once for this process and all that it starts
+    finally:
+        tempfile.tempdir = before
 
 
 def _end_with_own_rank(_number: int) -> None:
