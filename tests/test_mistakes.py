@@ -25,6 +25,19 @@ sys.exit(code)
 """
 BEFORE_THE_START = {
     "misspelt key": (["optm.lr=0.1"], "unknown key 'optm.lr': did you mean optim.lr?"),
+    "another tool's name": (["learning_rate=0.1"], "did you mean optim.lr?"),
+    "another tool's batch": (["batch_size=64"], "did you mean train.global_batch_size?"),
+    "switch instead of a mode": (["tracking.wandb=true"], "did you mean tracking.wandb.mode=auto?"),
+    "group instead of a setting": (["train=3"], "it is a group of settings: train.epochs"),
+    "choice without its group": (["quickstart"], "write experiment=quickstart"),
+    "setting as an option": (["--lr", "0.1"], "settings are written optim.lr=0.1"),
+    "another launcher's option": (["--nproc-per-node=2"], "did you mean --nproc?"),
+    "variable that is not set": (
+        ["run_dir="],
+        "run_dir is empty, as of a variable",
+    ),
+    "home of nobody": (["data.root=~nobody-here/x"], "there is no home of ~nobody-here"),
+    "argument that is not there": (["~model.args.depth"], "there is none to take out"),
     "misspelt group": (["modle=resnet9"], "unknown key 'modle': did you mean model?"),
     "misspelt choice of a group": (["model=resnet99"], "does not exist: did you mean resnet9?"),
     "no such choice of a group": (["optim=lion"], "optim=lion does not exist: choose one of"),

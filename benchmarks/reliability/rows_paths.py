@@ -14,7 +14,10 @@ from tests.storage_faults import STATE
 OUTWARD = tuple(how for how in SPOILS if "path" in how or "link" in how or "torch.dist" in how)
 FUZZ_SEC, SMALL_FUZZ_SEC = 600.0, 5.0
 KEYS = ("optim.lr", "train.steps", "data.args", "model.factory", "run_dir", "seed", "eval", "tags")
+KEYS += ("model.args", "model.args.x", "~model.args.width", "data.root", "resume", "experiment")
+KEYS += ("model", "tracking.wandb", "tracking.wandb.name", "batch_size", "--lr")
 PIECES = ("=", "+", "~", "{", "}", "[", "]", "${", "oc.env:HOME", "null", "'", '"', "\\", ",", "..")
+PIECES += ("~/", "~x/", "none", "2026_11_30", "true", "quickstart", "resnet18_cifar", ".", "@")
 PIECES += ("1e999", "-1", "nan", "0x", "\u2028", "\0", "!!python/object:os", "&a", "*a", ":", " ")
 
 

@@ -216,6 +216,8 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
             known = [*groups[key], *(["none"] if key == "experiment" and value else [])]
             raise ConfigError(f"{line} does not exist{did_you_mean(str(value), known)}")
         return override
+    if override.package is not None:
+        raise ConfigError(unknown_key(f"{key}@{override.package}", groups))
     owner = next((k for k in MAPPINGS if f"{key}.".startswith(f"{k}.")), None)
     if owner is not None and all(key.split(".")):  # model.args.width=64 needs no "+"
         return override
