@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_train.config import ConfigError
 from dist_train.config.redact import redact, redact_words
+from dist_train.config.typed import build
 from dist_train.config.whole_file import read_json, write_atomically
 
 JOBS_DIR = Path("runs/jobs")
+FOLDER, LOCK = "submitit", ".lock"  # in the folder of the jobs: submitit's scripts and pickles
 JOB_ID = re.compile(r"\d+(?:_\d+)?")
 
 
@@ -77,7 +80,8 @@ def read_records(jobs_dir: Path) -> list[JobRecord]:
     """Return the records of a folder, by job id; files that are none are left out."""
     files = [path for path in jobs_dir.glob("*.json") if JOB_ID.fullmatch(path.stem)]
     read = [_record(read_json(path)) for path in files]
-    return sorted((record for record in read if record is not None), key=lambda r: order(r.job_id))
+    records = [r for r in read if r is not None and JOB_ID.fullmatch(r.job_id)]
+    return sorted(records, key=lambda record: order(record.job_id))
 
 
 def find_records(records: list[JobRecord], job: str) -> list[JobRecord]:
@@ -103,11 +107,7 @@ def order(job_id: str) -> tuple[int, ...]:
 
 def _record(values: Mapping[str, Any]) -> JobRecord | None:
     known = {f.name for f in dataclasses.fields(JobRecord)}
-    told = {name: value for name, value in values.items() if name in known}
     try:
-        for name in ("words", "overrides"):
-            told[name] = tuple(told.get(name, ()))
-        told["git"] = tuple(GitState(**state) for state in told.get("git", ()))
-        return JobRecord(**told)
-    except TypeError:  # a field is missing, or of another kind
+        return build(JobRecord, {name: v for name, v in values.items() if name in known})
+    except (ConfigError, TypeError):  # a field is of another kind, or missing
         return None

@@ -17,9 +17,13 @@ from dist_train.config.compose import BUNDLED, CHECKOUT
 from dist_train.config.typed import build, did_you_mean
 from dist_train.config.yaml_limits import check_yaml
 from launch.ranks_command import check_exports
+from launch.sbatch_options import check_sbatch_arg
 
 DEFAULT = "default"
-TIMES = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS or DAYS-HOURS:MINUTES"
+TIMES = (
+    "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or UNLIMITED"
+)
+UNLIMITED = ("UNLIMITED", "INFINITE")  # as SLURM spells it, in any case
 MINUTES_OF = {"d": 24 * 60, "h": 60, "m": 1, "s": 1 / 60}
 
 
@@ -68,8 +72,13 @@ class JobSettings:
 
     @property
     def minutes(self) -> int | None:
-        """The time limit; SLURM counts in minutes and rounds up. None: the partition's own."""
-        return None if self.time is None else minutes_of(self.time)
+        """The time limit; SLURM counts in minutes and rounds up. None: the partition's, or none."""
+        return None if self.time is None or self.is_unlimited else minutes_of(self.time)
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether the job asks for no time limit."""
+        return self.time is not None and self.time.upper() in UNLIMITED
 
 
 HELP = {
@@ -212,12 +221,11 @@ def _check(settings: JobSettings) -> None:
             f"--tasks-per-node={settings.tasks_per_node} puts several ranks on one GPU "
             f"(--gpus-per-node={gpus}): give at most {settings.gpus} tasks"
         )
-    if settings.time is not None:
+    if settings.time is not None and not settings.is_unlimited:
         minutes_of(settings.time)
     for name, value in dataclasses.asdict(settings).items():
         if any("\n" in line for line in (value if isinstance(value, tuple) else [str(value)])):
             raise ConfigError(f"--{name.replace('_', '-')} has a line break in it: write one line")
     check_exports(settings.srun_arg)
     for word in settings.sbatch_arg:
-        if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", word):
-            raise ConfigError(f"--sbatch-arg={word} must have the form --option or --option=value")
+        check_sbatch_arg(word)

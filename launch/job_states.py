@@ -10,6 +10,8 @@ from dist_train.config.whole_file import read_json
 from launch import scontrol
 from launch.job_record import JobRecord
 
+# Of what status.json holds.
+KINDS = {"state": str, "step": int, "attempt": int, "chain": str, "time": int | float}
 TAIL_BYTES = 1 << 16  # of a file of lines, from its end
 # What the ranks write to the job's output.
 PROGRESS = re.compile(r"^step (\d+)/(\d+)", re.MULTILINE)
@@ -57,7 +59,7 @@ def state_of(
         holds: whether it is the one of its chain that is at work on the folder.
     """
     folder = record.path(record.run_dir)
-    status = read_json(folder / "status.json")
+    status = _status_in(folder)
     mine = holds and status.get("chain") in (f"slurm-{record.job_id}", f"slurm-{record.chain}")
     begun, over = record.path(record.output).is_file(), job is None or job.is_over
     taken_over = not mine and begun and over and status.get("time", 0.0) > record.submitted
@@ -87,7 +89,7 @@ def state_of(
         best_val_accuracy=_number(summary.get("best_val_accuracy")),
         restarts=max(
             int(status.get("attempt") or 0),
-            int(_chain_of(folder, status).get("attempt") or 0),
+            _attempt_of_chain(folder, status),
             0 if job is None else job.restarts,
         ),
         taken_over=taken_over,
@@ -106,9 +108,17 @@ def tail(path: Path, num_bytes: int = TAIL_BYTES) -> bytes:
     return data if size <= num_bytes else data.partition(b"\n")[2]
 
 
-def _chain_of(folder: Path, status: dict[str, Any]) -> dict[str, Any]:
+def _status_in(folder: Path) -> dict[str, Any]:
+    """Return what status.json holds, without what is of another kind than the ranks write."""
+    told = read_json(folder / "status.json").items()
+    return {name: value for name, value in told if isinstance(value, KINDS.get(name, object))}
+
+
+def _attempt_of_chain(folder: Path, status: dict[str, Any]) -> int:
     chain = read_json(folder / "chain.json")
-    return chain if status and chain.get("chain") == status["chain"] else {}
+    attempt = chain.get("attempt")
+    mine = bool(status) and chain.get("chain") == status["chain"]
+    return attempt if mine and isinstance(attempt, int) else 0
 
 
 def _records_of(path: Path) -> list[dict[str, Any]]:

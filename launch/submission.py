@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config import ConfigError
+from launch import scontrol
+from launch.job_record import FOLDER, LOCK
 from launch.job_settings import JobSettings
 from launch.payload import Payload
+from launch.sbatch_options import left_aside
 
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmExecutor
 
-FOLDER = "submitit"  # in the folder of the jobs: its scripts and pickles
 # On preemption and at the end of its time SLURM signals this shell, too: it must outlive the
 # ranks, which are saving.
 TRAP = "trap : TERM USR1 USR2 CONT"
@@ -98,12 +100,12 @@ def submit(submission: Submission) -> list[str]:
         before = set(folder.iterdir())
         try:
             # submitit writes on standard error what it raises.
-            with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
+            with _alone_with(script_of(submission)), contextlib.redirect_stderr(io.StringIO()):
                 jobs = executor.submit_array(submission.payloads)
         except (RuntimeError, subprocess.SubprocessError) as refusal:
             for path in set(folder.iterdir()) - before:
                 path.unlink()
-            raise ConfigError(f"SLURM refuses the job: {_told(str(refusal))}") from None
+            raise _refused(str(refusal)) from None
     for job in jobs:
         job.paths.submitted_pickle.chmod(0o600)  # a word of the command can be a secret
     return [job.job_id for job in jobs]
@@ -123,11 +125,11 @@ def submit_again(job_id: str, *, jobs_dir: Path, cwd: str) -> str | None:
         return None
     words = ["sbatch", "--parsable", *([f"--array={index}"] if index else []), str(script)]
     try:
-        with _outside_of_a_job():
+        with _alone_with(script.read_text()):
             done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as refusal:
         told = getattr(refusal, "stderr", None) or str(refusal)
-        raise ConfigError(f"SLURM refuses the job: {_told(told)}") from None
+        raise _refused(told) from None
     new = done.stdout.partition(";")[0].strip()  # "78;cluster"
     shutil.copy2(script, folder / f"{new}_submission.sh")
     copy = folder / f"{new}_{index}_submitted.pkl" if index else folder / f"{new}_submitted.pkl"
@@ -196,9 +198,13 @@ def _additional(submission: Submission) -> dict[str, Any]:
         options["nodes"] = settings.nodes
     if settings.reservation is not None:
         options["reservation"] = settings.reservation
+    if settings.is_unlimited:
+        options["time"] = "UNLIMITED"
     for word in settings.sbatch_arg:
         name, equals, value = word.removeprefix("--").partition("=")
         options[name] = value if equals else True
+    if "no-requeue" in options:
+        del options["requeue"]
     return options
 
 
@@ -213,15 +219,19 @@ def _setup(submission: Submission) -> list[str]:
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock: what appears in the folder meanwhile is this process's."""
-    with (folder / ".lock").open("ab") as file:
+    with (folder / LOCK).open("ab") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """Hide the variables of an allocation: sbatch would hand them on, and srun obey them."""
+def _alone_with(script: str) -> Iterator[None]:
+    """Hide the variables that sbatch would obey rather than the script.
+
+    Those of an allocation, too: sbatch would hand them on, and srun obey them.
+    """
     names = [name for name in os.environ if name.startswith("SLURM_") and name not in OF_A_CLUSTER]
+    names += left_aside(script, os.environ)
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
@@ -229,7 +239,10 @@ def _outside_of_a_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _told(text: str) -> str:
-    """Return sbatch's words in one line."""
+def _refused(text: str) -> ConfigError:
+    """Return what sbatch said, in one line."""
     lines = [line.strip().removeprefix("sbatch: ") for line in text.splitlines()]
-    return "; ".join(dict.fromkeys(line.removeprefix("error: ") for line in lines if line))
+    told = "; ".join(dict.fromkeys(line.removeprefix("error: ") for line in lines if line))
+    if isinstance(scontrol.problem(told), scontrol.NoAnswerError):
+        return ConfigError(f"SLURM does not answer ({told}): nothing is submitted, try again later")
+    return ConfigError(f"SLURM refuses the job: {told}")

@@ -16,11 +16,13 @@ from dist_train.config.redact import redact_words
 from launch.job_record import JOBS_DIR, GitState, JobRecord, write_record
 from launch.job_settings import JobSettings, add_job_options, settings_of
 from launch.payload import Payload
+from launch.sbatch_options import hint_for, left_aside
 from launch.submission import Submission, script_of, start_command, submit
 from launch.submitted_code import Snapshot, git_states
 from launch.sweep import Element, elements_of
 
 CHAIN_VARIABLE = "DIST_TRAIN_CHAIN"
+LEFT_ASIDE = "Left aside, as the lines above hold"  # variables of the environment
 FIRST_JOB, JOB_BEFORE = "FIRST_JOB", "JOB_BEFORE"  # ids in a dry run
 
 
@@ -105,7 +107,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--jobs-dir", type=Path, default=JOBS_DIR, help="where scripts, output and records go"
     )
     add_job_options(parser)
-    return parser.parse_intermixed_args(argv)
+    try:
+        return parser.parse_intermixed_args(argv)
+    except ConfigError as mistake:
+        unknown = str(mistake).partition("unrecognized arguments: ")[2].removesuffix(": see --help")
+        hint = hint_for(unknown.split())
+        raise ConfigError(f"{mistake}{hint and f'; {hint}'}") from None
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -120,6 +127,11 @@ def _plan(options: argparse.Namespace) -> Plan:
         raise ConfigError(
             f"--chain={options.chain} continues one run, this is a sweep of {len(elements)}: "
             "submit each of them, or leave --chain out"
+        )
+    if options.array_parallelism is not None and len(elements) == 1:
+        raise ConfigError(
+            f"--array-parallelism={options.array_parallelism} is for a sweep, how many of its runs "
+            "go on at a time, and this is one run: give several values (seed=1,2), or leave it out"
         )
     snapshot = Snapshot(options.jobs_dir) if options.snapshot else None
     if snapshot is not None:
@@ -168,6 +180,9 @@ def _dry_run(plan: Plan) -> Iterator[str]:
         line = shlex.join([*payload.start, *redact_words(payload.words)])
         yield f"# {f'[{number}] ' if first.is_array else ''}{line}\n"
         yield f"#   run folder: {element.run_dir}\n"
+    variables = left_aside(script_of(first), os.environ)
+    if variables:
+        yield f"\n# {LEFT_ASIDE}: {', '.join(variables)}\n"
     if plan.chain > 1:
         yield f"\n# Then jobs 2 to {plan.chain} of the chain:\n"
         yield script_of(plan.submission(FIRST_JOB, JOB_BEFORE))
@@ -228,6 +243,9 @@ def _report(records: list[JobRecord], plan: Plan) -> str:
     rows.append(("output", os.path.relpath(output)))
     if plan.snapshot is not None:
         rows.append(("code", os.path.relpath(plan.snapshot.folder)))
+    variables = left_aside(script_of(plan.submission()), os.environ)
+    if variables:
+        rows.append(("left aside", f"{', '.join(variables)}: submit's own options hold"))
     where = [] if plan.jobs_dir == JOBS_DIR else ["--jobs-dir", str(plan.jobs_dir)]
     one = first.job_id
     for verb in (["jobs", job], ["logs", "-f", one], ["cancel", job]):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -9,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dist_train.config import ConfigError
-from launch.job_record import GitState
+from launch.job_record import FOLDER, JOBS_DIR, LOCK, GitState
 
 INSTALLED = Path(__file__).resolve().parents[1]  # where launch and dist_train are imported from
+SNAPSHOT = re.compile(r"\d{8}-\d{6}-\d+-code")  # as Snapshot calls its folder
 CODE_SUFFIXES = (".py", ".yaml", ".yml", ".toml", ".json", ".sh", ".sbatch")
 MAX_CODE_BYTES = 1 << 20  # of one file: a larger one is data
 MAX_SNAPSHOT_BYTES = 1 << 30
@@ -150,12 +152,18 @@ def _files(root: Path, which: str) -> Iterator[Path]:
 
 
 def _without_output(root: Path, files: Iterator[Path], jobs_dir: Path) -> Iterator[Path]:
-    """Yield those that no job wrote: not below the jobs' folder, not in the folder of a run."""
+    """Yield those that no job wrote: not below a folder of jobs, not in the folder of a run."""
     paths = list(files)
-    runs = {path.parent for path in paths if path.name == "environment.json"}
-    jobs = jobs_dir.resolve()
+    written = {path.parent for path in paths if path.name == "environment.json"}
+    # Another folder of jobs than this one's, by what submit leaves there, and copies of the code.
+    written |= {path.parents[1] for path in paths if path.parts[-2:] == (FOLDER, LOCK)}
+    written |= {
+        parent for path in paths for parent in path.parents if SNAPSHOT.fullmatch(parent.name)
+    }
+    jobs = [jobs_dir.resolve(), JOBS_DIR.resolve()]
     for path in paths:
-        if not (root / path).is_relative_to(jobs) and runs.isdisjoint(path.parents):
+        below = any((root / path).is_relative_to(folder) for folder in jobs)
+        if not below and written.isdisjoint(path.parents):
             yield path
 
 

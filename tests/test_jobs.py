@@ -85,6 +85,36 @@ def test_a_record_is_read_as_it_was_written(slurm: FakeSlurm) -> None:
     assert read_records(Path("nowhere")) == []
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"run_dir": [5]}, {"words": "seed=1"}, {"submitted": "today"}, {"job_id": "mine"}),
+        *({"output": None}, {"git": [{"root": 1}]}, {"chain": ["77"]}, {"overrides": {"a": 1}}),
+    ],
+)
+def test_a_record_of_another_kind_stops_nobody(
+    wrong: dict[str, Any], slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted("77", "runs/a")
+    submitted("78", "runs/b")
+    spoilt = json.loads((JOBS / "78.json").read_text()) | wrong
+    (JOBS / "78.json").write_text(json.dumps(spoilt))
+    (JOBS / "79.json").write_text("[1]")
+    assert [row[0] for row in rows(capsys)] == ["job", "77"]
+
+
+def test_a_folder_that_tells_nonsense_stops_nobody(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, text in enumerate(("[]", '{"chain": "slurm-77", "step": "x", "time": "now"}')):
+        submitted(str(77 + number), f"runs/{number}")
+        trained(f"runs/{number}", f"slurm-{77 + number}")
+        (Path(f"runs/{number}") / "status.json").write_text(text.replace("77", str(77 + number)))
+        (Path(f"runs/{number}") / "chain.json").write_text('{"attempt": "y"}')
+        (JOBS / f"{77 + number}.out").touch()
+    assert [row[0] for row in rows(capsys)] == ["job", "77", "78"]
+
+
 def test_how_jobs_stand(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     submitted("77", "runs/a")
     submitted("78", "runs/b")

@@ -243,6 +243,37 @@ def test_no_gpus_in_place_of_those_of_the_cluster(
     assert "how many ranks a node has is not said" in only_line(capsys.readouterr().err)
 
 
+def test_the_users_words_win(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*GPUS, *RUN, "--time", "unlimited", "--sbatch-arg=--no-requeue"]
+    for name in ("OUTPUT", "JOB_NAME", "TIMELIMIT", "ARRAY_INX", "REQUEUE", "WAIT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # nothing else is asked for
+    said = shown(capsys, *words, "--sbatch-arg=--export=NONE")
+    [script], [environment] = slurm.scripts(), slurm.environments()
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert [line for line in lines if "requeue" in line] == ["#SBATCH --no-requeue"]
+    assert [line for line in lines if "time" in line] == ["#SBATCH --time=UNLIMITED"]
+    assert "#SBATCH --export=NONE" in lines
+    assert [name for name in environment if name.startswith("SBATCH_")] == ["SBATCH_ACCOUNT"]
+    aside = "SBATCH_ARRAY_INX, SBATCH_JOB_NAME, SBATCH_OUTPUT, SBATCH_REQUEUE, SBATCH_TIMELIMIT"
+    assert f"left aside   {aside}, SBATCH_WAIT: submit's own options hold\n" in said
+    assert f"# Left aside, as the lines above hold: {aside}" in shown(capsys, *words, "--dry-run")
+    (_folder(Path("conf/cluster")) / "mine.yaml").write_text("array_parallelism: 4\n")
+    shown(capsys, "--config-dir", "conf", "--cluster", "mine", *GPUS, *RUN, "--dry-run")
+
+
+def test_a_controller_that_does_not_answer_has_refused_nothing(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    slurm.refuse("sbatch", f"sbatch: error: {told}")
+    assert main([*GPUS, *RUN]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line == f"SLURM does not answer ({told}): nothing is submitted, try again later"
+
+
 def test_a_folder_of_ones_own_clusters(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +330,22 @@ REFUSED = {
     "time": ([*GPUS, "--time", "soon"], "--time=soon is no time limit: write it as MINUTES"),
     "no time": ([*GPUS, "--time", "0:00:00"], "--time=0:00:00 leaves no time"),
     "two lines": ([*GPUS, "--comment", "a\nb"], "--comment has a line break"),
+    "sbatch's own name of an option": (
+        [*GPUS, "--sbatch-arg=--job-name=foo"],
+        "--sbatch-arg=--job-name=foo is not for sbatch's own words: give --name foo to submit",
+    ),
+    "the beginning of it": ([*GPUS, "--sbatch-arg=--job=foo"], "give --name foo to submit"),
+    "sbatch's tasks": ([*GPUS, "--sbatch-arg=--ntasks-per-node=4"], "give --tasks-per-node 4 to"),
+    "an array": ([*GPUS, "--sbatch-arg=--array=1-2"], "several values of a key, as in seed=1,2,3"),
+    "an output": ([*GPUS, "--sbatch-arg=--output=x"], "where dist-train logs looks for it"),
+    "a sweep's option": ([*GPUS, "--array-parallelism", "2"], "--array-parallelism=2 is for a"),
+    "sbatch's option as submit's": (
+        [*GPUS, "--ntasks-per-node", "4"],
+        "unrecognized arguments: --ntasks-per-node: see --help; give --tasks-per-node to submit",
+    ),
+    "sbatch's short option": ([*GPUS, "-J", "foo"], "give --name to submit"),
+    "sbatch's unknown option": ([*GPUS, "--hold"], "is given as --sbatch-arg=--hold"),
+    "variables kept from the ranks": ([*GPUS, "--srun-arg=--export=NONE"], "--export=ALL,NAME="),
     "sbatch's option": ([*GPUS, "--sbatch-arg=x"], "--sbatch-arg=x must have the form --option"),
     "unknown option": ([*GPUS, "--gpu-per-task=1"], "unrecognized arguments: --gpu-per-task=1"),
     "misspelt cluster": ([*GPUS, "--cluster", "defalt"], "did you mean default?"),
@@ -593,11 +640,15 @@ def test_a_snapshot_copies_what_git_lists_and_no_output_of_jobs(
     (_folder(top / "runs/x") / "environment.json").touch()
     (_folder(top / "runs/x/checkpoints") / "state.pt").touch()
     (_folder(top / "runs/jobs") / "77.json").touch()
+    (_folder(top / "runs/jobs/20260101-120000-9-code/0/mine") / "mine.py").touch()
+    (_folder(top / "sweep/jobs") / "5.json").touch()  # --jobs-dir sweep/jobs, of another day
+    (_folder(top / "sweep/jobs/submitit") / ".lock").touch()
+    (_folder(top / "gone/20260101-120000-9-code/0/mine") / "mine.py").touch()  # the rest is deleted
     (repository(top / "submodule") / "loose.py").touch()
     (top / "gone.py").touch()
     git(top, "add", "gone.py", "submodule")
     (top / "gone.py").unlink()
-    snapshot = submitted_code.Snapshot(Path("runs/jobs"))
+    snapshot = submitted_code.Snapshot(Path("jobs of today"))
     assert not snapshot.folder.exists()
     snapshot.take()
     copy = snapshot.folder / "0" / "mine"

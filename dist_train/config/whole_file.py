@@ -8,11 +8,12 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one if it is missing or torn."""
+    """Return a file's JSON object; an empty one if it is missing, torn or none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -29,7 +29,8 @@ class User:
         return self.cluster.run(sys.executable, "-m", "launch.cli", *words, *jobs)
 
     def submits(self, *words: str, tasks: int = 1) -> Submitted:
-        options = ("--time", "10", "--gpus-per-node", "0", "--tasks-per-node", str(tasks))
+        limit = () if "--time" in words else ("--time", "10")
+        options = (*limit, "--gpus-per-node", "0", "--tasks-per-node", str(tasks))
         run_dir = self.folder / "run"
         told = self.types("submit", *options, f"run_dir={run_dir}", *words)
         assert "follow it" in told, told
@@ -84,6 +85,42 @@ def test_a_submitted_job_is_requeued_at_its_word_though_the_controller_dies(
     assert job.steps() == list(range(1, STEPS + 1))
     [state] = user.states(job.job_id)
     assert state["restarts"] == 1
+
+
+def test_the_users_words_hold_and_any_text_is_read_as_it_is(user: User) -> None:
+    text = "it is Requeue=1 StdOut=/x\n   JobState=FAILED Restarts=9"
+    user = User(user.cluster, user.folder / "a b JobState=FAILED")
+    options = ("--name", "x JobState=FAILED", "--time", "unlimited", "--sbatch-arg=--no-requeue")
+    options += ("--sbatch-arg=--hold", f"--sbatch-arg=--comment={text}".partition("\n")[0])
+    other = {"SBATCH_OUTPUT": "/dev/null", "SBATCH_JOB_NAME": "y", "SBATCH_TIMELIMIT": "1"}
+    refused = user.types("submit", *options, "--gpus-per-node=0", "--tasks-per-node=1", *SMALL)
+    assert "--sbatch-arg=--comment=it is Requeue=1 StdOut=/x is not for sbatch's" in refused
+    user.cluster.env |= other
+    try:
+        job = user.submits(*options[:-1], "--comment", text.partition("\n")[0], *SMALL)
+    finally:
+        for name in other:
+            del user.cluster.env[name]
+    user.cluster.run("scontrol", "update", f"JobId={job.job_id}", f"Comment={text}")
+    shown = job.job()
+    assert (shown.state, shown.name) == ("PENDING", "x JobState=FAILED")
+    assert (shown.may_requeue, shown.restarts) == (False, 0)
+    assert shown.output == str(job.output)
+    assert "TimeLimit=UNLIMITED" in user.cluster.run("scontrol", "show", "job", job.job_id)
+    [state] = user.states(job.job_id)
+    assert (state["slurm"], state["output"]) == ("PENDING", str(job.output))
+    assert "cancelled" in user.types("cancel", job.job_id)
+
+
+def test_an_address_left_over_in_a_job_of_two_nodes_is_told_at_once(user: User) -> None:
+    user.cluster.env["MASTER_ADDR"] = "127.0.0.1"
+    try:
+        job = user.submits("--nodes=2", *SMALL)
+    finally:
+        del user.cluster.env["MASTER_ADDR"]
+    ended = job.wait_for_end()
+    assert (ended.state, ended.exit_code) == ("FAILED", "2:0"), job.text()
+    assert "MASTER_ADDR=127.0.0.1 leads each of the 2 nodes to itself" in job.text()
 
 
 def test_a_cancelled_job_saves_and_can_be_requeued(user: User) -> None:
