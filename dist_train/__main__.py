@@ -5,7 +5,13 @@ import sys
 import traceback
 
 from dist_train.config.streams import open_standard_streams
-from dist_train.preemption import listen_for_stop, stop_reason
+from dist_train.preemption import (
+    LAUNCHER_DIED,
+    LAUNCHER_GONE,
+    heard,
+    listen_for_stop,
+    stop_reason,
+)
 
 
 def main() -> int:
@@ -22,7 +28,7 @@ def _main() -> int:
     from dist_train.config.redact import redact
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_with_parent()
+        stop_with_parent(LAUNCHER_GONE)
     first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     try:
         request = parse(sys.argv[1:])
@@ -38,8 +44,10 @@ def _main() -> int:
     # Only now: torch takes a second to import, and a wrong key should not wait for it.
     from dist_train.distributed import RankFailedError
     from dist_train.dry_run import describe
+    from dist_train.endings import LauncherDiedError
     from dist_train.launch_store import StoppedBeforeStartError
     from dist_train.recovery import StepFailedError
+    from dist_train.torchrun_store import tell_next_round
     from dist_train.train import train
 
     try:
@@ -49,10 +57,15 @@ def _main() -> int:
             sys.stdout.write(describe(request.config) + "\n")
     except ConfigError as mistake:
         return refuse(str(mistake), 2, speak=first, asked_to_end=_asked)
-    except StoppedBeforeStartError as stopped:
+    except (StoppedBeforeStartError, LauncherDiedError) as stopped:
         if first:
             sys.stdout.write(f"{stopped}\n")
-        return 0
+            sys.stdout.flush()
+        stop = heard()
+        if stopped.exit_code and stop is not None and stop.reason != LAUNCHER_DIED:
+            tell_next_round(os.environ)
+            stop.wait_for_torchrun()
+        return stopped.exit_code
     except RankFailedError:
         let_another_speak(_asked)  # the rank that failed tells why
         return 1

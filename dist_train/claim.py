@@ -21,7 +21,7 @@ from dist_train.endings import end_failed, end_unstarted
 from dist_train.failure import ChainNotes, stack_on_crash
 from dist_train.imported_code import changes_of_code, code_on_disk
 from dist_train.layout import elastic_nodes
-from dist_train.preemption import stop_reason
+from dist_train.preemption import LAUNCHER_DIED, stop_reason
 from dist_train.run import Run
 from dist_train.run_folder import RunFolder
 from dist_train.summary import table
@@ -163,7 +163,7 @@ def _begin(run: Run, status: dict[str, Any]) -> Claim:
         attempt=ranks.attempt,
         world_size=ranks.world_size,
         step=step,
-        stopped=status.get("chain") == ranks.chain and status.get("state") == "preempted",
+        stopped=status.get("chain") == ranks.chain and _was_asked_to_stop(status),
         told=_reason_of(status, ranks),
     )
     if beginning.refusal is not None:
@@ -182,8 +182,15 @@ def _begin(run: Run, status: dict[str, Any]) -> Claim:
     return Claim(micro_batch_size=beginning.micro_batch_size, config=run.config)
 
 
+def _was_asked_to_stop(status: dict[str, Any]) -> bool:
+    """Say whether the attempt before was; its launcher's death is no wish, though it has saved."""
+    reason = str(status.get("reason"))
+    return status.get("state") == "preempted" and not reason.startswith(LAUNCHER_DIED)
+
+
 def _reason_of(status: dict[str, Any], ranks: Ranks) -> str | None:
-    """Return what the watchdog wrote of the attempt before this one, if that ended it."""
+    """Return what is known of the end of the attempt before, if no rank failed by itself."""
     before = (status.get("chain"), status.get("attempt")) == (ranks.chain, ranks.attempt - 1)
     hung = status.get("state") == "failed" and status.get("exit_code") is None
-    return status.get("reason") if before and hung else None
+    lost = status.get("state") == "preempted" and not _was_asked_to_stop(status)
+    return status.get("reason") if before and (hung or lost) else None

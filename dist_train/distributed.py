@@ -31,7 +31,9 @@ from dist_train.heartbeat import Pulse
 from dist_train.interface import VARIABLE as GLOO_VARIABLE
 from dist_train.interface import check_interfaces, interface_for_gloo, loopback
 from dist_train.layout import Layout, detect_layout
+from dist_train.preemption import LAUNCHER_GONE
 from dist_train.rendezvous import meet
+from dist_train.torchrun_store import with_address_of_round
 
 T = TypeVar("T")
 
@@ -204,7 +206,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         yield _ranks(layout, device, None)
         return
     if layout.launcher == "torchrun":
-        stop_with_parent()
+        stop_with_parent(LAUNCHER_GONE)
     name = None
     if layout.local_world_size < layout.world_size:
         name = interface_for_gloo(os.environ, layout.master_addr)
@@ -213,6 +215,7 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
     if name is not None:
         os.environ.setdefault(GLOO_VARIABLE, name)
     start = timedelta(seconds=config.parallel.start_timeout_sec)
+    layout = with_address_of_round(layout, os.environ)
     store, layout = meet(layout, config, device_name, error)
     if layout.local_rank == 0:
         tell_met(layout.chain, layout.attempt)

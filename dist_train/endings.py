@@ -4,15 +4,23 @@ import contextlib
 from typing import Any
 
 from dist_train import chain
+from dist_train.chain import Cause
 from dist_train.config import ConfigError
 from dist_train.data.loaders import Data
 from dist_train.failure import RepeatedFailureError, is_follower
+from dist_train.preemption import LAUNCHER_DIED
 from dist_train.progress import Progress
 from dist_train.recovery import StepFailedError
 from dist_train.run import Run
 from dist_train.saves import END_RETRY_SEC, STOP_RETRY_SEC, SaveFailedError
 from dist_train.state import Parts
 from dist_train.summary import make_summary, table
+
+
+class LauncherDiedError(RuntimeError):
+    """A torchrun died, and those of other machines live: they start their ranks again."""
+
+    exit_code = 1
 
 
 def end_preempted(run: Run, progress: Progress, reasons: list[str | None]) -> dict[str, Any]:
@@ -25,13 +33,16 @@ def end_preempted(run: Run, progress: Progress, reasons: list[str | None]) -> di
 
     Raises:
         SaveFailedError: it could not be saved.
+        LauncherDiedError: it was no wish: some ranks have lost their launcher, others have not.
     """
-    rank, reason = next((r, text) for r, text in enumerate(reasons) if text is not None)
+    rank, reason, is_loss = _wish(reasons)
     run.ranks.pulse.enter("checkpoint")
     why = f"{reason} on rank {rank}"
     if run.saves is not None:
         told = f"the run was asked to stop ({why})"
         run.saves.finish(progress.step, told, retry_sec=STOP_RETRY_SEC)
+    if is_loss:
+        raise _launcher_died(run, rank, progress.step, "saved")
     run.folder.event("preempted", step=progress.step, reason=why)
     run.folder.set_status("preempted", step=progress.step, exit_code=0, reason=why)
     run.say(f"stopped at step {progress.step} ({why}) and saved: the same command continues")
@@ -39,12 +50,44 @@ def end_preempted(run: Run, progress: Progress, reasons: list[str | None]) -> di
 
 
 def end_unstarted(run: Run, reasons: list[str | None]) -> dict[str, Any]:
-    """Record that the run was stopped before anything was loaded. Not collective."""
-    rank, reason = next((r, text) for r, text in enumerate(reasons) if text is not None)
+    """Record that the run was stopped before anything was loaded. Not collective.
+
+    Raises:
+        LauncherDiedError: it was no wish: some ranks have lost their launcher, others have not.
+    """
+    rank, reason, is_loss = _wish(reasons)
     why, step = f"{reason} on rank {rank}", run.folder.read_status().get("step", 0)
+    if is_loss:
+        raise _launcher_died(run, rank, step, "nothing to save")
     run.folder.set_status("preempted", step=step, exit_code=0, reason=why)
     run.say(f"stopped before the start ({why}): the same command continues")
     return {"state": "preempted", "steps": step, "run_dir": str(run.folder.given)}
+
+
+def _wish(reasons: list[str | None]) -> tuple[int, str, bool]:
+    """Return the rank that asked to stop and why, and whether it is rather a launcher's loss."""
+    told = [(rank, text) for rank, text in enumerate(reasons) if text is not None]
+    rank, reason = next((x for x in told if x[1] != LAUNCHER_DIED), told[0])
+    return rank, reason, reason == LAUNCHER_DIED and None in reasons
+
+
+def _launcher_died(run: Run, rank: int, step: int, saved: str) -> LauncherDiedError:
+    """Record that a rank's launcher died; returns what to raise."""
+    cause = Cause(
+        attempt=run.ranks.attempt,
+        rank=rank,
+        step=step,
+        kind="death",
+        message=f"lost its launcher ({LAUNCHER_DIED})",
+    )
+    if run.ranks.rank == 0:
+        with contextlib.suppress(OSError):  # the disk may be full
+            chain.record(run.path, run.ranks.chain, cause)
+    run.folder.event("failed", step=step, reason=cause.sentence())
+    run.folder.set_status("failed", step=step, exit_code=1, reason=cause.sentence())
+    return LauncherDiedError(
+        f"{cause.sentence()}; {saved}: start that torchrun again, the others wait for it"
+    )
 
 
 def end_finished(
@@ -81,6 +124,8 @@ def end_failed(run: Run, error: BaseException) -> Exception | None:
     Returns:
         What to raise instead: the first cause of another rank, or the end of the chain.
     """
+    if isinstance(error, LauncherDiedError):
+        return None  # recorded already
     if isinstance(error, StepFailedError) and run.ranks.rank != 0:
         return None  # the same on all ranks: rank 0, which has the folder, records it
     now = run.folder.read_status()

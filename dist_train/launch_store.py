@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError
 from dist_train.config import Config, ConfigError
 from dist_train.config.identity import full_hash, run_dir_of
 from dist_train.layout import Layout
-from dist_train.preemption import stop_reason
+from dist_train.preemption import LAUNCHER_DIED, stop_reason
 
 POLL_SEC = 0.05
 OWNER = "owner"  # key of the launch whose store it is
@@ -160,10 +160,13 @@ def not_ours(store: Store, layout: Layout, what: str) -> ConfigError:
 
 
 def stopped(reason: str) -> StoppedBeforeStartError:
-    """Return what ends a rank that was asked to stop as it came."""
-    return StoppedBeforeStartError(
+    """Return what ends a rank that was asked to stop as it came, or whose launcher died."""
+    error = StoppedBeforeStartError(
         f"stopped ({reason}) before all ranks had come: nothing to save, the same command continues"
     )
+    if reason == LAUNCHER_DIED:  # others' launchers, which live, are to start their ranks again
+        error.exit_code = 1
+    return error
 
 
 def wait_for_key(store: Store, key: str, seconds: float) -> bool:

@@ -4,6 +4,7 @@ Pure functions: no torch, no network, so that every case can be tested without t
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dist_train.slurm_step import Task, find_task, number
 
 # Set by what starts ranks again and again: the name of its chain, and which attempt comes next.
 CHAIN_VARIABLE, ATTEMPT_VARIABLE = "DIST_TRAIN_CHAIN", "DIST_TRAIN_ATTEMPT"
+HERE = ("localhost", "0.0.0.0", "::1", "::")  # addresses that lead every machine to itself
 FIRST_PORT, NUM_PORTS = 15_000, 15_000
 
 
@@ -82,6 +84,12 @@ def _of_torchrun(env: Mapping[str, str], parent: int) -> Layout:
 
 
 def _of_slurm(env: Mapping[str, str], task: Task) -> Layout:
+    given = env.get("MASTER_ADDR") or task.nodes[0]
+    if len(task.nodes) > 1 and (given in HERE or given.startswith("127.")):
+        raise ConfigError(
+            f"MASTER_ADDR={given} leads each of the {len(task.nodes)} nodes to itself, it may be "
+            f"left over in your shell: unset it, or set it to the first node's ({task.nodes[0]})"
+        )
     attempt = number(env, ATTEMPT_VARIABLE, str(task.restarts))
     port = port_of(f"{task.job}.{task.step}.{attempt}")
     return Layout(
@@ -94,24 +102,38 @@ def _of_slurm(env: Mapping[str, str], task: Task) -> Layout:
         attempt=attempt,
         first_attempt=attempt,
         chain=env.get(CHAIN_VARIABLE) or f"slurm-{task.job}",
-        master_addr=env.get("MASTER_ADDR") or task.nodes[0],
+        master_addr=given,
         master_port=number(env, "MASTER_PORT", str(port)),
     )
 
 
 def elastic_nodes(parent: int, env: Mapping[str, str]) -> str | None:
     """Return MIN:MAX of torchrun's --nnodes if it is such a range, by its command line (Linux)."""
+    given = word_of_torchrun("nnodes", parent, env)
+    least, _, most = given.partition(":")
+    return given if most and least != most else None
+
+
+def word_of_torchrun(option: str, parent: int, env: Mapping[str, str]) -> str:
+    """Return what torchrun was given for --OPTION; "" if nothing, or if its words are not seen.
+
+    Not seen are those of another user or PID namespace, and none where there is no /proc.
+
+    Args:
+        option: its name, as in rdzv-backend.
+        parent: torchrun's process.
+        env: of a rank, which inherits that of torchrun.
+    """
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         words = []
-    given = env.get("PET_NNODES", "")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    given = env.get(f"PET_{option.upper().replace('-', '_')}", "")
+    for word, following in itertools.pairwise([*words, ""]):
         name, _, value = word.partition("=")
-        if name == "--nnodes":
+        if name.startswith("--") and name[2:].replace("_", "-") == option:
             given = value or following
-    least, _, most = given.partition(":")
-    return given if most and least != most else None
+    return given
 
 
 def port_of(name: str) -> int:

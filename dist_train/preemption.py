@@ -19,9 +19,15 @@ SIGNALS: tuple[signal.Signals, ...] = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+# Linux sends it to a rank whose torchrun has died: nobody else does, and it is no wish to stop.
+LAUNCHER_GONE: signal.Signals | None = getattr(signal, "SIGRTMIN", None)
 INTERRUPTS_TO_QUIT = 3  # a person at a keyboard who does not want to wait for the save
 INTERRUPTED = 130  # exit code, as of a shell
 OWN_LIMIT, JOB_LIMIT = "train.max_minutes is over", "the job's time is nearly over"
+LAUNCHER_DIED = "torchrun died"
+# torchrun takes another one for alive until 15 s after its last sign (keep_alive_interval, three
+# times). One that starts its ranks again before would wait for the dead one, and end.
+TORCHRUN_NOTICES_SEC = 20.0
 # When the job's time is over, in seconds since 1970: as asked by the job's script, or as SLURM
 # says at the start (from 22.05 on).
 END_TIME_VARIABLE = "DIST_TRAIN_END_TIME"
@@ -71,10 +77,20 @@ class StopRequest:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; a repeated one changes nothing, but the third Ctrl-C quits."""
-        self._signal = self._signal or signal.Signals(number).name
+        told = LAUNCHER_DIED if number == LAUNCHER_GONE else signal.Signals(number).name
+        self._signal = self._signal or told
         self._interrupts += number == signal.SIGINT
         if self._interrupts >= INTERRUPTS_TO_QUIT:
             os._exit(INTERRUPTED)  # a checkpoint is whole or not there at any moment
+
+    def wait_for_torchrun(self) -> None:
+        """Wait until a torchrun that lives knows of the one that died, but not after a Ctrl-C.
+
+        A SIGTERM is no reason to end: a torchrun that has come back makes this one send it.
+        """
+        end = time.monotonic() + TORCHRUN_NOTICES_SEC
+        while self._interrupts == 0 and time.monotonic() < end:
+            time.sleep(0.1)
 
     def sleep(self, seconds: float) -> bool:
         """Sleep so long, or until asked to stop; returns whether it was."""
@@ -101,7 +117,8 @@ def listen_for_stop(max_minutes: float | None = None) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.on_signal) for number in not_ignored(SIGNALS)}
+    numbers = not_ignored(SIGNALS if LAUNCHER_GONE is None else (*SIGNALS, LAUNCHER_GONE))
+    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
         yield stop
     finally:

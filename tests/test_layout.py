@@ -1,6 +1,9 @@
 """Who a process is, by the launcher's variables, and what is refused in the table of ranks."""
 
 import os
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ from dist_train.layout import (
     Registration,
     check_registrations,
     detect_layout,
+    elastic_nodes,
+    word_of_torchrun,
 )
 from dist_train.slurm_step import hosts_of
 
@@ -193,6 +198,34 @@ def test_the_attempt_goes_on_where_the_batch_job_says() -> None:
     assert (layout.chain, layout.attempt) == ("slurm-77", 5)
     layout = detect_layout(TORCHRUN | told | {"TORCHELASTIC_RESTART_COUNT": "2"})
     assert (layout.chain, layout.attempt) == ("slurm-77", 7)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", "127.0.1.1"])
+def test_an_address_that_leads_every_node_to_itself_is_told(address: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        detect_layout(SLURM | {"MASTER_ADDR": address})
+    wrong, cure = str(refused.value).split(": unset it")
+    assert wrong.startswith(f"MASTER_ADDR={address} leads each of the 2 nodes to itself")
+    assert "(gpu07)" in cure
+    alone = SLURM | {"SLURM_STEP_NODELIST": "gpu07", "MASTER_ADDR": address}
+    assert detect_layout(alone).master_addr == address
+    assert detect_layout(SLURM | {"MASTER_ADDR": "gpu07"}).master_addr == "gpu07"
+
+
+def test_the_words_of_a_torchrun_that_cannot_be_seen() -> None:
+    """Without /proc, in another PID namespace (its parent is 0), or another user's."""
+    assert elastic_nodes(0, {}) is None
+    assert elastic_nodes(0, {"PET_NNODES": "1:2"}) == "1:2"
+    nobody = 2**22 + 1  # beyond the largest process id
+    assert elastic_nodes(nobody, {"PET_NNODES": "2"}) is None
+    command = [sys.executable, "-c", "input()", "--rdzv_endpoint", "a:1", "--nnodes=1:3"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
+        end = time.monotonic() + 30
+        while elastic_nodes(parent.pid, {}) is None:  # until it has become the command
+            assert time.monotonic() < end
+        assert elastic_nodes(parent.pid, {"PET_NNODES": "4:5"}) == "1:3"
+        assert word_of_torchrun("rdzv-endpoint", parent.pid, {}) == "a:1"
+        parent.communicate(b"")
 
 
 def place(local_rank: int, local_world_size: int, launcher: str = "torchrun") -> Layout:

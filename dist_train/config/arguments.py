@@ -214,11 +214,11 @@ def print_error(message: str) -> None:
         put(sys.stderr, f"dist-train: error: {NEXT_LINE.join(lines)}\n")
 
 
-def stop_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the process that started this one dies, however it dies.
+def stop_with_parent(number: signal.Signals | None = signal.SIGTERM) -> None:
+    """Ask Linux for a signal when the process that started this one dies, however it dies.
 
     For torchrun and its ranks: they would train on unsupervised when what started them is killed.
     """
     pr_set_pdeathsig = 1  # man 2 prctl
     with contextlib.suppress(OSError, AttributeError):  # not on other systems
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number or signal.SIGTERM)
