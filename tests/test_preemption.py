@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from dist_train.chain import read
+from dist_train.endings import LauncherDiedError
+from dist_train.launch_store import stopped
 from dist_train.preemption import (
     JOB_LIMIT,
+    LAUNCHER_DIED,
+    LAUNCHER_GONE,
     SIGNALS,
     StopRequest,
     heard,
@@ -81,6 +86,45 @@ def test_a_second_signal_while_stopping_changes_nothing(
     )
     second = Fault(rank=0, step=6, place=where, number=signal.SIGTERM, mark=_mark(tmp_path, 1))
     stopped_then_finished(tmp_path, [first, second], clean, reason="SIGUSR1 on rank 0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [(1,), (0, 1)], ids=["one of two", "the only one"])
+def test_a_launcher_that_died_is_no_wish_to_stop(
+    lost: tuple[int, ...], clean: dict[str, Any], tmp_path: Path
+) -> None:
+    assert LAUNCHER_GONE is not None
+    faults = [
+        Fault(
+            rank=rank,
+            step=6,
+            place="before the step",
+            number=LAUNCHER_GONE,
+            mark=_mark(tmp_path, rank),
+        )
+        for rank in lost
+    ]
+    config, chain = small(tmp_path / "run", *OPTIONS), {"DIST_TRAIN_CHAIN": "c"}
+    outcomes = start_ranks_of(trained_with_all, 2, config, faults, env=chain)
+    assert all(Path(fault.mark).exists() for fault in faults), "a fault never fired"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:08d}").is_dir()
+    if len(lost) == 2:  # nobody is left to start it again
+        assert [o.value["state"] for o in outcomes if o.value] == ["preempted"] * 2
+        assert status["reason"] == "torchrun died on rank 0"
+    else:
+        assert [getattr(o.error, "exit_code", None) for o in outcomes] == [1, 1], outcomes[0].trace
+        assert {type(o.error) for o in outcomes} == {LauncherDiedError}
+        told = f"rank 1 lost its launcher (torchrun died), after step {status['step']}"
+        assert (status["state"], status["exit_code"], status["reason"]) == ("failed", 1, told)
+    again = start_ranks_of(train_with, 2, config, None, env=chain | {"DIST_TRAIN_ATTEMPT": "1"})
+    assert again[0].value["weights_sha256"] == clean["weights_sha256"], again[0].trace
+    assert read(tmp_path / "run").endings == 1, "it counts as a failure"
+    assert logged(tmp_path / "run") == clean["logged"]
+
+
+def test_a_stop_before_the_start_by_a_dead_launcher_is_a_failure() -> None:
+    assert (stopped(LAUNCHER_DIED).exit_code, stopped("SIGTERM").exit_code) == (1, 0)
 
 
 def _mark(folder: Path, number: int = 0) -> str:

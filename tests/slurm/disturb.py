@@ -98,7 +98,8 @@ def disturbed(
     shape, disturb = FAULTS[name]
     limited = name == "time limit"
     words = (*PACED, SLOW) if limited else PACED
-    options = ("--time=1",) if limited else ()
+    # Only so much of the user's environment, which srun would obey, too: the ranks must know more.
+    options = ("--time=1", "--export=PYTHON,PYTHONPATH") if limited else ()
     with submitted(
         cluster, shape, folder, *words, nodes=NODES, tasks=tasks, options=options
     ) as job:

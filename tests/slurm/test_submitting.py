@@ -32,7 +32,7 @@ class User:
         limit = () if "--time" in words else ("--time", "10")
         options = (*limit, "--gpus-per-node", "0", "--tasks-per-node", str(tasks))
         run_dir = self.folder / "run"
-        told = self.types("submit", *options, f"run_dir={run_dir}", *words)
+        told = self.types("submit", *options, f"run_dir='{run_dir}'", *words)
         assert "follow it" in told, told
         job_id = told.split()[1].rstrip(",")
         output = self.folder / "jobs" / f"{job_id}.out"
