@@ -126,7 +126,7 @@ def test_the_run_goes_on_as_it_was_begun(runs: Path, capsys: Any) -> None:
     assert summary["run_dir"] == str(runs / NAME)
     assert "an earlier version began this run, and it goes on as it was begun: " in told
     assert "data.augment=standard" in told
-    assert f"resumed from {runs / NAME}/checkpoints/step_00000004 at step 4" in told
+    assert f"{NAME}/checkpoints/step_00000004 at step 4" in told
 
     # Once more, now that config.yaml and environment.json are this version's.
     train(compose([*COMMAND, "train.steps=8"]).config)
@@ -141,6 +141,23 @@ def test_the_run_goes_on_as_it_was_begun(runs: Path, capsys: Any) -> None:
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, same[name], rtol=1e-3, atol=1e-4)
     assert any((ours[name] - other[name]).abs().max() > 1e-2 for name in ours)
+
+
+def test_a_version_between_lacked_only_what_came_after_it(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a setting that is newer still, and of one that such a run already had, with a value."""
+    config = compose([*COMMAND, "data.augment=none", "train.steps=4"]).config
+    train(config)
+    [begun] = runs.iterdir()
+    (begun / "environment.json").unlink()
+    text = (begun / "config.yaml").read_text()
+    (begun / "config.yaml").write_text(text.replace("  memory_format: auto\n", ""))
+    assert keys_missing(begun) == ("model.memory_format",)
+    assert run_dir_of(config) == begun
+    summary = train(compose([*COMMAND, "data.augment=none", "train.steps=6"]).config)
+    assert summary["memory_format"] == "channels_last"
+    assert summary["augmentation"].startswith("none")
 
 
 def test_a_value_that_was_given_wins_or_is_refused(runs: Path) -> None:

@@ -1,7 +1,7 @@
 """Runs begun by an earlier version: the same command finds them, and they go on as they began."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from dist_train.config.yaml_limits import check_yaml
 
 BEGUN_WITHOUT = "begun_without"  # in environment.json: the keys of LATER that there were not yet
 
-# Settings that are newer than the first runs, and what happened before they existed. At its
-# default such a key is not in the hash: the folder of a run keeps its name.
+# Settings that are newer than the first runs, the oldest first, and what happened before they
+# existed. At its default such a key is not in the hash: the folder of a run keeps its name.
 LATER: dict[str, Any] = {
     "data.augment": "standard",
     "model.memory_format": "channels_last",
@@ -40,17 +40,17 @@ def later_defaults() -> dict[str, Any]:
     return {key: value for key, value in flatten(Config()).items() if key in LATER}
 
 
-def former_meanings(config: Config) -> Iterator[Config]:
-    """Yield what the command of `config` may have meant to the versions before LATER's settings.
+def former_meanings(config: Config, missing: Collection[str]) -> Iterator[Config]:
+    """Yield what the command of `config` may have meant to a version without the keys `missing`.
 
     None, if it gives such a setting a value of its own.
     """
     defaults, flat = later_defaults(), flatten(config)
-    for key, meaning in LATER.items():
+    for key in missing:
         # A list is what older settings of the command add up to.
-        if flat[key] not in (defaults[key], meaning) and not isinstance(flat[key], tuple):
+        if flat[key] not in (defaults[key], LATER[key]) and not isinstance(flat[key], tuple):
             return
-    candidates = [with_values(config, LATER)]
+    candidates = [with_values(config, {key: LATER[key] for key in missing})]
     for change in FORMER:
         candidates += [former for c in candidates if (former := change(c)) is not None]
     yield from candidates

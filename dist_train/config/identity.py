@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from dist_train.config.earlier import LATER, former_meanings, keys_missing, later_defaults
@@ -73,10 +74,15 @@ def config_hash(config: Config) -> str:
 
     A setting that is newer than the first runs counts only where it is not at its default.
     """
+    return _hash_without((), config)
+
+
+def _hash_without(missing: Collection[str], config: Config) -> str:
+    """Return the hash that a version without the keys `missing` made of `config`."""
     later = later_defaults()
-    settings = hashed_settings(config)
+    settings = {k: v for k, v in hashed_settings(config).items() if k not in missing}
     if config.data.name == "auto" and "auto" in config.data.augment:
-        del settings["data.augment"]  # what it adds is for a data.root that is no CIFAR-10
+        settings.pop("data.augment", None)  # what it adds is for a data.root that is no CIFAR-10
     return _digest({k: v for k, v in settings.items() if k not in later or v != plain(later[k])})
 
 
@@ -95,11 +101,15 @@ def run_dir_of(config: Config) -> Path:
         return Path(config.run_dir)
     runs = Path("runs")
     folder = runs / f"{name_of(config)}-{config_hash(config)}"
-    if not folder.exists():
-        for former in former_meanings(config):
-            begun = runs / f"{former.experiment}-{_former_hash(former)}"
-            if keys_missing(begun):
-                return begun
+    if folder.exists():
+        return folder
+    for first in range(len(LATER)):
+        missing = tuple(LATER)[first:]
+        for former in former_meanings(config, missing):
+            for name in {former.experiment, name_of(former)}:
+                begun = runs / f"{name}-{_hash_without(missing, former)}"
+                if keys_missing(begun) == missing:
+                    return begun
     return folder
 
 
@@ -131,8 +141,9 @@ def as_begun(config: Config, saved: Config, run_dir: Path) -> Config:
     Raises:
         ConfigError: they are of two different runs.
     """
-    if _changed(config, saved) and keys_missing(run_dir):
-        for former in former_meanings(config):
+    missing = keys_missing(run_dir)
+    if _changed(config, saved) and missing:
+        for former in former_meanings(config, missing):
             if not _changed(former, saved):
                 return former
     check_same_run(config, saved, run_dir)
@@ -155,11 +166,6 @@ def _changed(config: Config, saved: Config) -> list[str]:
     """Return the keys in which two runs differ and that `config` does not allow to differ."""
     old, new = redact(hashed_settings(saved)), redact(hashed_settings(config))
     return [k for k in new if old.get(k) != new[k] and k not in config.resume_allow]
-
-
-def _former_hash(config: Config) -> str:
-    """Return the hash that a version without the later settings made of `config`."""
-    return _digest({k: v for k, v in hashed_settings(config).items() if k not in LATER})
 
 
 def _digest(settings: dict[str, object]) -> str:
