@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
 from dist_train.data.torchvision_sets import FOLDERS, NUM_CLASSES, SPLITS, own_name
 from dist_train.data.user_checks import check_kept_labels, check_map_style, num_classes_of
+from dist_train.data.user_item import form, whole_number
 from dist_train.data.whole_arrays import whole_arrays
 from dist_train.data.worker_dataset import WorkerPictures
 
@@ -103,6 +104,10 @@ def _call(factory: Callable[..., Any], config: DataConfig, split: dict[str, Any]
 
 def _classes_given(dataset: Any) -> list[str] | None:
     classes = getattr(dataset, "classes", None)
+    if classes is not None and not isinstance(classes, Iterable):
+        raise ConfigError(
+            f".classes of the data set is {form(classes)}: give a list of names, or num_classes"
+        )
     return None if classes is None else [str(name) for name in classes]
 
 
@@ -114,6 +119,10 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...]:
     num_classes = getattr(dataset, "num_classes", known)
     if num_classes is None:
         num_classes = num_classes_of(dataset, name)
+    elif whole_number(num_classes) is None:
+        raise ConfigError(
+            f"data.name={name}: .num_classes is {form(num_classes)}: give a whole number"
+        )
     if num_classes is None:
         raise ConfigError(
             f"data.name={name}: the number of classes is unknown: give the data set an attribute "

@@ -165,6 +165,12 @@ class Renumbered(Late):
 class Words(Late):
     def __init__(self, train): self.targets = ["cat", "dog", "cow"]
 
+class Counted(Lazy):
+    num_classes = "3"
+
+class Classed(Lazy):
+    classes = 3
+
 class Streamed(torch.utils.data.IterableDataset):
     num_classes = 3
     def __init__(self, train): pass
@@ -401,6 +407,8 @@ def test_a_label_kept_for_later_is_refused_at_once() -> None:
     [
         ("Words", ".targets holds labels of <U3 and shape (3,) (the first: 'cat'): number"),
         ("Streamed", "returns a Streamed, no map-style data set"),
+        ("Counted", ".num_classes is a str: give a whole number"),
+        ("Classed", ".classes of the data set is a int: give a list of names, or num_classes"),
     ],
 )
 def test_labels_and_forms_that_do_not_fit_are_refused(name: str, said: str) -> None:
