@@ -67,6 +67,14 @@ OF_OTHERS = [
         "cifar10_resnet9-1c716a7e",
     ),
     ("model.factory=tests.nets:paced_net model.args.sec=0.1", "cifar10_resnet9-1c84a7cf"),
+    ("model.factory=mine:net", "cifar10_resnet9-2fe842b4"),
+    ("model.factory=mine:net model.args.width=64", "cifar10_resnet9-23499154"),
+    ("experiment=quickstart data.name=mine:stripes model.factory=mine:net", "quickstart-156f0178"),
+    ("experiment=quickstart model.factory=mine:net model.args={}", "quickstart-724ad1ec"),
+    (
+        "experiment=cifar10_tutorial data.name=image_folder data.root=/d",
+        "cifar10_tutorial-4e27a857",
+    ),
 ]
 
 
@@ -77,11 +85,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def composed(command: str) -> Config:
-    return compose(command.split() if "{" not in command else _words(command)).config
-
-
-def _words(command: str) -> list[str]:
-    return command.replace("{}", "{}").split()
+    return compose(command.split()).config
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

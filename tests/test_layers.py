@@ -12,8 +12,7 @@ from hydra.version import VersionBase
 
 from dist_train.config import Config, ConfigError
 from dist_train.config.compose import compose
-from dist_train.config.earlier import former_meanings
-from dist_train.config.identity import BUNDLED, _former_hash, name_of, run_dir_of
+from dist_train.config.identity import BUNDLED, name_of, run_dir_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINE = "mine:net"
@@ -145,27 +144,6 @@ def test_a_run_of_the_users_own_experiment_keeps_its_name(tmp_path: Path) -> Non
     (tmp_path / "data" / "train").mkdir(parents=True)
     assert name_of(config(f"data.root={tmp_path / 'data'}")) == "image_folder"
     assert sorted(BUNDLED) == sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("words", "folder"),  # as version 0.1.0 named it
-    [
-        ("model.factory=mine:net", "cifar10_resnet9-2fe842b4"),
-        ("model.factory=mine:net model.args.width=64", "cifar10_resnet9-23499154"),
-        (
-            "experiment=quickstart data.name=mine:stripes model.factory=mine:net",
-            "quickstart-156f0178",
-        ),
-        ("experiment=quickstart model.factory=mine:net model.args={}", "quickstart-724ad1ec"),
-        (
-            "experiment=cifar10_tutorial data.name=image_folder data.root=/d",
-            "cifar10_tutorial-4e27a857",
-        ),
-    ],
-)
-def test_the_folder_that_an_earlier_version_gave_is_looked_for(words: str, folder: str) -> None:
-    formers = former_meanings(config(*words.split()))
-    assert folder in [f"{former.experiment}-{_former_hash(former)}" for former in formers]
 
 
 def test_a_program_with_hydra_of_its_own_keeps_it(tmp_path: Path) -> None:
