@@ -13,8 +13,9 @@ from dist_train.metrics import Meter
 from dist_train.plan import make_plan
 from dist_train.progress import Progress
 from dist_train.run import Run
-from dist_train.start import build_parts, open_feed, throw_away_step
+from dist_train.start import build_parts, open_feed
 from dist_train.state import Parts
+from dist_train.trial import throw_away_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

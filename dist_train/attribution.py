@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dist_train.data.batch import Batch
 from dist_train.distributed import Ranks
+from dist_train.plain_state import plain
+from dist_train.weights import ENTRIES
 
 MAX_FILES = 3  # of one run: a batch with the weights is large
 FOLDER = "bad_batches"
@@ -44,6 +46,7 @@ def find_culprits(
     pieces: list[Batch],
     loss_of: LossOf,
     *,
+    state: Callable[[], dict[str, Any]],
     indices: list[int],
     folder: Path,
     context: dict[str, Any],
@@ -55,6 +58,7 @@ def find_culprits(
         module: the bare model, as it was before the step.
         pieces: of this rank, in order.
         loss_of: see LossOf.
+        state: returns the module's, as weights_of does.
         indices: the training sample of each of this rank's positions.
         folder: the run's; the culprit's piece is saved in it.
         context: plain values to be saved with it: what a replay needs to know.
@@ -71,7 +75,7 @@ def find_culprits(
             of_piece = indices[done : done + len(part)]
             samples = [of_piece[row] for row in rows]
             ranks.pulse.enter("checkpoint")  # weights and batch go to the disk
-            file = _save(folder, ranks.rank, part, module, context | {"samples": of_piece})
+            file = _save(folder, ranks.rank, part, state(), context | {"samples": of_piece})
             mine = Culprit(rank=ranks.rank, place=place, samples=samples, file=file)
             break
         done += len(part)
@@ -122,10 +126,11 @@ def first_non_finite(
             handle.remove()
 
 
-def load_bad_batch(path: Path) -> tuple[Batch, dict[str, Tensor], dict[str, Any]]:
-    """Return (piece, weights, context) of a saved file. Runs no code of it."""
+def load_bad_batch(path: Path) -> tuple[Batch, dict[str, Any], dict[str, Any]]:
+    """Return (piece, what load_weights takes, context) of a saved file. Runs no code of it."""
     held = torch.load(path, map_location="cpu", weights_only=True)
-    return Batch(**held["batch"]), held["model"], held["context"]
+    weights = {key: held[key] for key in ENTRIES if key in held}
+    return Batch(**held["batch"]), weights, held["context"]
 
 
 def _bad_rows(tensor: Tensor, count: int) -> list[int]:
@@ -137,18 +142,18 @@ def _bad_rows(tensor: Tensor, count: int) -> list[int]:
 
 
 def _save(
-    folder: Path, rank: int, part: Batch, module: nn.Module, context: dict[str, Any]
+    folder: Path, rank: int, part: Batch, state: dict[str, Any], context: dict[str, Any]
 ) -> str | None:
     """Save a piece with the weights; None if there are enough files or the disk refuses."""
     target = folder / FOLDER
     path = target / f"step_{context['step']:08d}_rank{rank}.pt"
     fields = {name: _host(getattr(part, name)) for name in part.__dataclass_fields__}
-    model = {name: _host(value) for name, value in module.state_dict().items()}
     try:
         target.mkdir(parents=True, exist_ok=True)
         if not path.exists() and len(list(target.glob("*.pt"))) >= MAX_FILES:
             return None
-        torch.save({"batch": fields, "model": model, "context": context}, path)
+        held = plain(state, lambda tensor, _: _host(tensor))
+        torch.save({"batch": fields, **held, "context": context}, path)
     except (OSError, RuntimeError):  # torch.save turns a full disk into the latter
         path.unlink(missing_ok=True)
         return None

@@ -24,7 +24,8 @@ from dist_train.checkpoint_folder import (
     name_of,
 )
 from dist_train.checkpoint_upkeep import sync_folder
-from dist_train.state_file import DTYPES, outline
+from dist_train.plain_state import Place, plain
+from dist_train.state_file import outline
 
 PIECE_BYTES = 1 << 20  # written and hashed in turns, while they are in the cache
 
@@ -37,40 +38,24 @@ class HostBuffers:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str | int, ...], Tensor] = {}
-        self._used: set[tuple[str | int, ...]] = set()
+        self._kept: dict[Place, Tensor] = {}
+        self._used: set[Place] = set()
         self._on_device = False
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return `state` with its tensors copied; the copy before this one is overwritten. Waits.
 
         Raises:
-            TypeError: it holds what could be saved and never be read again; says where.
+            NotPlainError: it holds what could be saved and never be read again; says where.
         """
         self._used, self._on_device = set(), False
-        copied = self._copied(state, ())
+        copied = plain(state, self._tensor)
         self._kept = {place: self._kept[place] for place in self._used}
         if self._on_device:  # the copies were only started
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _copied(self, value: Any, place: tuple[str | int, ...]) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value.detach(), place)
-        if isinstance(value, dict):
-            for key in value:
-                if type(key) not in (str, int):
-                    raise TypeError(f"{_shown(place)} has a key {key!r}: {_RULE}")
-            return {key: self._copied(item, (*place, key)) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._copied(item, (*place, i)) for i, item in enumerate(value)]
-        if value is None or type(value) in (str, int, float, bool):
-            return value
-        raise TypeError(f"{_shown(place)} is a {type(value).__name__}: {_RULE}")
-
-    def _tensor(self, tensor: Tensor, place: tuple[str | int, ...]) -> Tensor:
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            raise TypeError(f"{_shown(place)} is of {tensor.dtype}: {_RULE}")
+    def _tensor(self, tensor: Tensor, place: Place) -> Tensor:
         kept = self._kept.get(place)
         form = (tensor.shape, tensor.dtype, tensor.stride())
         if kept is None or (kept.shape, kept.dtype, kept.stride()) != form:
@@ -85,19 +70,12 @@ class HostBuffers:
         return kept
 
 
-_RULE = "a checkpoint holds dictionaries, lists, plain values and tensors of ordinary types"
-
-
 def _is_one_block(tensor: Tensor) -> bool:
     """Return whether the tensor's bytes, one after the other, are its values."""
     if tensor.is_conj() or tensor.is_neg():
         return False
     wide = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return wide or tensor.is_contiguous()
-
-
-def _shown(place: tuple[str | int, ...]) -> str:
-    return "state" + "".join(f"[{key!r}]" for key in place)
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], *, step: int) -> Path:
@@ -163,10 +141,15 @@ def load_state(data: bytes) -> dict[str, Any]:
         ) from None
 
 
-def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """Return the sha256 over names and bytes of parameters and buffers, in order."""
+def weights_sha256(tensors: dict[str, Any]) -> str:
+    """Return the sha256 over names and bytes of parameters and buffers, in order.
+
+    What else a state dictionary holds, a module's extra state, does not count.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
         digest.update(name.encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())

@@ -104,6 +104,7 @@ def _show(asked: Path, paths: Sequence[Path]) -> int:
             assert found is not None, "find() found some"
             path, data = found
         state = outline(data)
+        state.pop("model_metadata", None)  # a version number for each module
         manifest = read_manifest(path)
     except BadCheckpointError as bad:
         print_error(str(bad))

@@ -12,31 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dist_train.buffers import Buffers, form_of
+from dist_train.config import ConfigError
 from dist_train.distributed import Ranks
-
-
-class Buffers:
-    """The module's buffers, remembered before a step: a failed one spoils running statistics."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.live = [b for b in module.buffers() if b.numel() > 0]
-        self.kept = [b.detach().clone() for b in self.live]
-
-    def remember(self) -> None:
-        """Copy the buffers, in one kernel."""
-        if self.live:
-            torch._foreach_copy_(self.kept, self.live)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
-
-    def restore(self, bad: Tensor | None = None) -> None:
-        """Put back what was remembered; with `bad` (0-d), only where it is above 0."""
-        if not self.live:
-            return
-        if bad is None:
-            torch._foreach_copy_(self.live, self.kept)  # pyright: ignore[reportPrivateImportUsage] # as above
-            return
-        undo = bad > 0
-        for buffer, before in zip(self.live, self.kept, strict=True):
-            torch.where(undo, before, buffer, out=buffer)
 
 
 class Gradients(Protocol):
@@ -151,11 +129,9 @@ class TreeGradients:
         self._ranks = ranks
         self._state = buffers
         self._num_shards = num_shards
-        self._statistics = [b for b in buffers.live if b.is_floating_point()]
-        stat_buffers, self._stat_views = flat_views(self._statistics)
-        self._sums = [*self._flat.buffers, *stat_buffers]  # what goes through the tree
         self._spare: list[list[Tensor]] = []
         self._tree: list[tuple[int, list[Tensor]]] = []  # (level, subtree's sum), left to right
+        self._prepare(buffers.floating())
 
     def begin(self) -> None:
         self._clear()
@@ -167,8 +143,11 @@ class TreeGradients:
         self._flat.begin()
         yield
         self._flat.collect()
-        for view, statistic in zip(self._stat_views, self._statistics, strict=True):
-            view.copy_(statistic)
+        statistics = self._state.floating()
+        if {place: form_of(tensor) for place, tensor in statistics.items()} != self._forms:
+            self._prepare(statistics)
+        for place, view in self._statistics.items():
+            view.copy_(statistics[place])
         self._add_leaf()
 
     def reduce(self, *, poison: bool) -> None:
@@ -185,8 +164,7 @@ class TreeGradients:
         while distance < self._ranks.world_size:
             self._exchange(self._ranks.rank ^ distance)
             distance *= 2
-        for view, statistic in zip(self._stat_views, self._statistics, strict=True):
-            statistic.copy_(view / self._num_shards)
+        self._state.put({at: view / self._num_shards for at, view in self._statistics.items()})
         self._flat.attach()
 
     def give_up(self) -> None:
@@ -197,6 +175,24 @@ class TreeGradients:
 
     def scale(self, factor: Tensor) -> None:
         self._flat.scale(factor)
+
+    def _prepare(self, statistics: dict[tuple[int, str], Tensor]) -> None:
+        """Make room for the sums of these statistics; a forward may have made some of them.
+
+        Raises:
+            ConfigError: they have another form than those of the shard before.
+        """
+        if self._tree:
+            raise ConfigError(
+                "the model's forward makes buffers of another form for one shard than for another: "
+                "in train.order=fixed they are averaged over the shards; use train.order=fast, or "
+                "buffers that do not depend on the number of images"
+            )
+        self._forms = {place: form_of(tensor) for place, tensor in statistics.items()}
+        buffers, views = flat_views(list(statistics.values()))
+        self._statistics = dict(zip(statistics, views, strict=True))
+        self._sums = [*self._flat.buffers, *buffers]  # what goes through the tree
+        self._spare.clear()
 
     def _add_leaf(self) -> None:
         """Add the shard at hand to the tree, joining subtrees of equal height."""
@@ -242,7 +238,8 @@ def _norm(buffer: Tensor) -> Tensor:
 def flat_views(tensors: list[Tensor] | list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
     """Return (zeroed buffers, one a dtype; for each tensor its view of one).
 
-    A view has its tensor's own strides: fused optimizers take matching layouts only.
+    A view has its tensor's own strides, as far as those leave no gaps: fused optimizers take
+    matching layouts only.
     """
     members: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
@@ -253,7 +250,8 @@ def flat_views(tensors: list[Tensor] | list[nn.Parameter]) -> tuple[list[Tensor]
         buffer = torch.zeros(size, dtype=dtype, device=group[0].device)
         first = 0
         for tensor in group:
-            views[id(tensor)] = buffer.as_strided(tensor.size(), tensor.stride(), first)
+            strides = torch.empty_like(tensor, device="meta").stride()
+            views[id(tensor)] = buffer.as_strided(tensor.size(), strides, first)
             first += tensor.numel()
         buffers.append(buffer)
     return buffers, [views[id(t)] for t in tensors]

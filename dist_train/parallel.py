@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.buffers import Buffers, form_of
 from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.distributed import Ranks
-from dist_train.gradients import Buffers, FlatGradients, Gradients, TreeGradients
+from dist_train.gradients import FlatGradients, Gradients, TreeGradients
 from dist_train.overlap import BucketGradients, is_tested
+
+NOT_SENT = (torch.int16, torch.complex64, torch.complex128)  # by gloo as such
 
 
 class Replica:
@@ -39,6 +42,8 @@ class Replica:
         self.module = module
         self.ranks = ranks
         self.params = [p for p in module.parameters() if p.requires_grad]
+        self._built = _parts_of(module)
+        self._followed: list[str] = []  # buffers that are rank 0's at the begin of each step
         self.buffers = Buffers(module)
         overlap = config.parallel.sync == "overlap" and config.train.order == "fast"
         _check_alike(module, ranks)
@@ -118,11 +123,71 @@ class Replica:
         self.ddp = None
         del self.gradients
 
+    def check_parts(self) -> None:
+        """See that a forward has made no parameter or module: what trains is known by now.
+
+        Raises:
+            ConfigError: it has; names the first.
+        """
+        now = _parts_of(self.module)
+        other = [name for name in now | self._built if now.get(name) is not self._built.get(name)]
+        if other:
+            raise ConfigError(
+                f"the model's forward makes {other[0]!r}, or puts another in its place: no "
+                "optimizer would train it, and no checkpoint be loaded. Make every parameter and "
+                "module in __init__"
+            )
+
+    def follow(self, changed: list[str]) -> list[str]:
+        """Let all ranks begin each step with rank 0's of buffers that a forward changes.
+
+        A checkpoint holds rank 0's alone: where the forward makes use of them, a resumed run would
+        otherwise differ from an unbroken one. In fixed order they are the mean over all shards, on
+        all ranks. Collective.
+
+        Args:
+            changed: by a trial step, as Buffers.changed_since gives them.
+
+        Returns:
+            Those of them that each rank has made in a form of its own: they stay its own.
+        """
+        saved = self.buffers.saved()
+        everyone = self.ranks.gather({name: form_of(saved[name]) for name in changed})
+        names = dict.fromkeys(name for theirs in everyone for name in theirs)
+        alike = [name for name in names if len({theirs.get(name) for theirs in everyone}) == 1]
+        if self.ranks.control is not None and self.form != "fixed":
+            self._followed = alike
+        return [name for name in names if name not in alike]
+
+    def agree_on_followed(self) -> None:
+        """Give every rank rank 0's of the followed buffers. Collective if there are any."""
+        if not self._followed or self.ranks.control is None:
+            return
+        saved = self.buffers.saved()
+        for name in self._followed:
+            tensor = saved.get(name)
+            if tensor is not None:
+                self._share(tensor.detach())
+
     def agree_on_buffers(self) -> None:
-        """Give every rank rank 0's buffers: those are the run's. Collective."""
-        if self.ranks.control is not None:
-            for buffer in self.module.buffers():
-                self.ranks.broadcast(buffer)
+        """Give every rank rank 0's buffers: those are the run's. Collective.
+
+        A cache that is no part of a state stays each rank's own where its form differs.
+        """
+        if self.ranks.control is None:
+            return
+        buffers = self.buffers
+        caches = {name: form_of(tensor) for name, tensor in buffers.caches().items()}
+        everyone = self.ranks.gather((buffers.saved_forms(), caches))
+        if any(saved != everyone[0][0] for saved, _ in everyone):
+            buffers.take_form(*self.ranks.from_first(lambda: (buffers.outline(), buffers.made())))
+        alike = set.intersection(*(set(theirs.items()) for _, theirs in everyone))
+        shared = [
+            tensor for name, tensor in buffers.caches().items() if (name, caches[name]) in alike
+        ]
+        for tensor in (*buffers.saved().values(), *shared):
+            if tensor is not None:
+                self._share(tensor.detach())
 
     @torch.no_grad()
     def _begin_alike(self) -> None:
@@ -130,12 +195,29 @@ class Replica:
         if self.ranks.control is None:
             return
         for param in self.module.parameters():
-            wide = param.ndim == 4 and param.is_contiguous(memory_format=torch.channels_last)
-            if wide or param.is_contiguous():
-                self.ranks.broadcast(param.detach())
-            else:
-                param.copy_(self.ranks.broadcast(param.contiguous()))
+            self._share(param.detach())
         self.agree_on_buffers()
+
+    def _share(self, tensor: Tensor) -> None:
+        """Overwrite it with rank 0's, which has the same strides. Collective."""
+        wide = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        if wide or tensor.is_contiguous():
+            self.ranks.broadcast(_wire(tensor))
+        else:
+            whole = tensor.contiguous()
+            self.ranks.broadcast(_wire(whole))
+            tensor.copy_(whole)
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """Return the tensor as a type that gloo sends, over the same memory, which has no gaps."""
+    if tensor.dtype not in NOT_SENT:
+        return tensor
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _parts_of(module: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    return {**dict(module.named_modules()), **dict(module.named_parameters())}
 
 
 def _check_alike(module: nn.Module, ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.attribution import first_non_finite, load_bad_batch
+from dist_train.buffers import Buffers
 from dist_train.build import autocast, emulation_notice
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import Parser, print_error
@@ -20,6 +21,7 @@ from dist_train.data.batch import Batch
 from dist_train.memory_format import laid_out, lay_out
 from dist_train.order import seed_of
 from dist_train.tasks import classification as task
+from dist_train.weights import load_weights
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +56,7 @@ def replay(options: argparse.Namespace) -> tuple[str, bool]:
     config = _config_of(context["config"])
     factory = import_callable(config.model.factory, "model.factory")
     module = factory(num_classes=context["num_classes"], **config.model.args)
-    module.load_state_dict(weights)
+    load_weights(module, Buffers(module), weights)
     form = context.get("memory_format", "channels_last")  # older files have no other
     lay_out(module.to(device).train(), form)
     part = Batch(

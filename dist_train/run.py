@@ -30,6 +30,7 @@ from dist_train.saved_states import SKIPPED_IN_A_ROW, SavedStates, bytes_of
 from dist_train.saves import Saves
 from dist_train.state import CODE, Parts, capture, check_facts, restore, run_facts
 from dist_train.tracking import Trackers, open_trackers
+from dist_train.weights import load_weights
 
 ENDING_SEC = 15.0  # from the save to the end of all processes, and SLURM's answer to a requeue
 
@@ -43,6 +44,7 @@ class Run:
         self.path = folder.path
         self.ranks = ranks
         self.finished: dict[str, Any] | None = None
+        self.took_up = False  # a state of this or another run
         self._checkpoint_bytes = 0
         self.chain = ChainNotes(folder.path, ranks, None)  # of restarts: what it remembers
         self.facts: dict[str, Any] = {}
@@ -102,6 +104,7 @@ class Run:
             return restore(state, parts, meter, origin), warnings
 
         progress, warnings = self.ranks.together(take_up)
+        self.took_up = True
         if self.ranks.rank == 0:
             changes = changes_of_code(state["facts"].get(CODE, {}), code)
             if changes:
@@ -156,7 +159,7 @@ class Run:
     def load_best(self, parts: Parts, progress: Progress) -> None:
         """Load the weights of the best validation accuracy. Collective."""
         state = self.states.of_step(progress.best_step or 0)
-        parts.replica.module.load_state_dict(state["model"])
+        load_weights(parts.replica.module, parts.replica.buffers, state)
         if parts.ema is not None and state["ema"] is not None:
             parts.ema.load_state_dict(state["ema"])
         self.say(f"early stopping: the weights of step {progress.best_step} are taken")

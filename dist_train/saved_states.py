@@ -77,9 +77,18 @@ class SavedStates:
         return load_state(self._ranks.from_first(read))
 
     def keep_start(self, state: dict[str, Any]) -> None:
-        """Remember on rank 0 what a run without checkpoints begins with: it may have to go back."""
-        if self._ranks.rank == 0:
+        """Remember on rank 0 what a run without checkpoints begins with: it may have to go back.
+
+        Collective.
+
+        Raises:
+            NotPlainError: the state holds what could never be read again; on all ranks.
+        """
+
+        def copied() -> None:
             self._start = bytes(serialised(HostBuffers().copy(state)))
+
+        self._ranks.from_first(copied)
 
     def drop_start(self) -> None:
         """Forget it: there is a checkpoint."""

@@ -22,19 +22,24 @@ from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
 from dist_train.drift import DAMAGED, DriftCheck
-from dist_train.memory import SAFETY, bytes_per_sample, host_memory_left, largest_that_fits
+from dist_train.memory import (
+    SAFETY,
+    bytes_per_sample,
+    host_memory_left,
+    largest_that_fits,
+)
 from dist_train.memory_format import corrupting_layer, laid_out, lay_out, memory_format_in_force
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.optim import Ema, build_optimizer, lean_step
-from dist_train.order import GlobalOrderSampler, micro_batches, shards
+from dist_train.order import GlobalOrderSampler
 from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.recovery import Recovery
 from dist_train.run import Run
 from dist_train.run_folder import cpu_name
-from dist_train.smallest import SmallBatch, small_batches, try_small
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
+from dist_train.trial import blank
 
 SHOWN_TO_MODEL = 1000  # pictures, to a model that is initialised from some
 
@@ -146,7 +151,7 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
 
     def attempt(size: int) -> None:
         with torch.random.fork_rng(devices=cuda), as_written(config):  # no graph for every size
-            images, labels = _blank(parts, data, size)
+            images, labels = blank(parts, data, size)
             with autocast(parts.precision, ranks.device):
                 logits = module(images)
             loss = task.loss_sum(logits, Batch(images=images, labels=labels))
@@ -154,7 +159,7 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
 
     def find() -> int:
         with torch.random.fork_rng(devices=cuda), as_written(config), torch.no_grad():
-            two, _ = _blank(parts, data, 2)
+            two, _ = blank(parts, data, 2)
             with autocast(parts.precision, ranks.device):
                 checked_logits(module, two, data.num_classes, config.model.factory)
         if ranks.device.type == "cuda":
@@ -178,39 +183,6 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
             "sizes": sizes,
         }
     )
-
-
-def throw_away_step(parts: Parts, data: Data, *, step: int) -> None:
-    """Run forward and backward once at the real shapes and leave no trace. Collective.
-
-    DDP rebuilds its buckets after its first iteration and then sums in another order: without
-    this a resumed run would differ in bits. It also warms the communicator, and finds before
-    anything is trained a model that does not fit the data or the smallest batches of them, or a
-    micro-batch the memory.
-    """
-    replica, ranks = parts.replica, parts.replica.ranks
-    replica.buffers.remember()
-    with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
-        repeat = True
-        while repeat:
-            failure = None
-            replica.gradients.begin()
-            try:
-                _forward_backward(parts, data)
-            except Exception as error:
-                failure = parts.recovery.contain(error, at_start=True)
-            replica.reduce(poison=failure is not None)
-            repeat = parts.recovery.trial(failure, step)
-        batches = small_batches(
-            parts.config,
-            parts.plan,
-            data,
-            world_size=ranks.world_size,
-            micro_batch_size=parts.recovery.micro_batch_size,
-        )
-        ranks.together(lambda: _try_small(parts, data, batches))
-    replica.gradients.begin()
-    replica.buffers.restore()
 
 
 def open_feed(parts: Parts, data: Data, *, last_step: int, generation: int = 0) -> Feed:
@@ -241,38 +213,3 @@ def start_left_out_of_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _try_small(parts: Parts, data: Data, batches: list[SmallBatch]) -> None:
-    with as_written(parts.config), autocast(parts.precision, parts.replica.ranks.device):
-        try_small(
-            parts.replica.module,
-            lambda size: _blank(parts, data, size)[0],
-            batches,
-            num_classes=data.num_classes,
-            factory=parts.config.model.factory,
-        )
-
-
-def _forward_backward(parts: Parts, data: Data) -> None:
-    config, ranks, replica = parts.config.train, parts.replica.ranks, parts.replica
-    batch = parts.plan.global_batch_size
-    pieces = micro_batches(-(-batch // ranks.world_size), parts.recovery.micro_batch_size)[:1]
-    if config.order == "fixed":
-        pieces = shards(batch, ranks.rank, ranks.world_size, config.num_shards)
-    for first, last in pieces:
-        images, labels = _blank(parts, data, last - first)
-        with replica.gradients.piece(last=(first, last) == pieces[-1]):
-            factory = parts.config.model.factory
-            with autocast(parts.precision, ranks.device):
-                logits = checked_logits(replica, images, data.num_classes, factory)
-            task.loss_sum(logits, Batch(images=images, labels=labels)).backward()
-
-
-def _blank(parts: Parts, data: Data, size: int) -> tuple[Tensor, Tensor]:
-    """Return zeros in the shapes of a batch: images (size, c, h, w) float32, labels (size,)."""
-    device = parts.replica.ranks.device
-    images = torch.zeros((size, *data.loader.image_shape), device=device)
-    return laid_out(images, parts.memory_format), torch.zeros(
-        size, dtype=torch.int64, device=device
-    )

@@ -16,6 +16,7 @@ from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.progress import Progress
 from dist_train.recovery import Recovery
+from dist_train.weights import load_weights, weights_of
 
 CODE = "code"  # among the facts, of imported_code
 
@@ -45,7 +46,7 @@ def capture(
     """Return the state of a run as tensors and plain values. Not collective, does not copy."""
     return {
         "progress": asdict(progress),
-        "model": parts.replica.module.state_dict(),
+        **weights_of(parts.replica.module, parts.replica.buffers),
         "optimizer": parts.optimizer.state_dict(),
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
         "ema": None if parts.ema is None else parts.ema.state_dict(),
@@ -62,7 +63,7 @@ def restore(state: dict[str, Any], parts: Parts, meter: Meter, origin: str) -> P
         ConfigError: it belongs to another model, optimizer or form of state.
     """
     try:
-        parts.replica.module.load_state_dict(state["model"])
+        load_weights(parts.replica.module, parts.replica.buffers, state)
         load_optimizer(parts.optimizer, state["optimizer"])
         progress = Progress(**state["progress"])
         meter.load_state_dict(state["meter"])
@@ -75,7 +76,7 @@ def restore(state: dict[str, Any], parts: Parts, meter: Meter, origin: str) -> P
             parts.scaler.load_state_dict(state["scaler"])
     except ConfigError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a module's own loading may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BadCheckpointError(
             f"{origin} is of another model or optimizer ({' '.join(lines[:2])[:200]}): set "

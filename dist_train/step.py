@@ -16,6 +16,7 @@ from dist_train.optim import learning_rate_in_force, set_learning_rate
 from dist_train.order import micro_batches, seed_of, shards
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
+from dist_train.weights import weights_of
 
 
 def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> list[Outcome]:
@@ -33,6 +34,7 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> l
     config, replica, optimizer = parts.config, parts.replica, parts.optimizer
     scaler, recovery, pulse = parts.scaler, parts.recovery, replica.ranks.pulse
     set_learning_rate(optimizer, learning_rate_in_force(step, generation, config, parts.plan))
+    replica.agree_on_followed()
     replica.buffers.remember()
     outcomes: list[Outcome] = []
     verdict = "retry"
@@ -87,6 +89,7 @@ def culprits_of(parts: Parts, feed: Feed, step: int, folder: Path) -> list[Culpr
             parts.replica.module,
             [batch.part(first, last) for first, last in pieces_of(parts, batch)],
             loss_of,
+            state=lambda: weights_of(parts.replica.module, parts.replica.buffers),
             indices=feed.samples(step),
             folder=folder,
             context={

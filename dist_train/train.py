@@ -23,10 +23,10 @@ from dist_train.start import (
     find_micro_batch_size,
     open_feed,
     start_left_out_of_collections,
-    throw_away_step,
 )
 from dist_train.state import Parts
 from dist_train.step import culprits_of, train_step
+from dist_train.trial import prove_resumable, throw_away_step
 from dist_train.watchdog import watch
 
 
@@ -60,7 +60,8 @@ def train(config: Config) -> dict[str, Any]:
         progress = run.resume(parts, meter, data.fingerprint())
         find_micro_batch_size(parts, data, run)
         pulse.at("start", progress.step)
-        throw_away_step(parts, data, step=progress.step)
+        weights = throw_away_step(parts, data, step=progress.step)
+        prove_resumable(parts, run, meter, weights)
         shorten_timeouts(ranks, config.parallel.step_timeout_sec)
         run.open_writer(stack)
         run.stop_before_job_ends(stop, meter)

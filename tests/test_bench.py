@@ -66,8 +66,9 @@ from dist_train.distributed import Ranks, start_ranks
 from dist_train.layout import Layout
 from dist_train.metrics import Meter
 from dist_train.plan import make_plan
-from dist_train.start import build_parts, throw_away_step
+from dist_train.start import build_parts
 from dist_train.state import Parts
+from dist_train.trial import throw_away_step
 from tests.ranks import run_ranks
 from tests.settings import small
 

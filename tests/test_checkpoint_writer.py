@@ -183,11 +183,18 @@ def test_no_memory_for_a_save_is_no_end_of_training(
 
 
 def test_a_state_that_could_never_be_read_again_is_refused_at_once(told: Told) -> None:
-    bad = {"facts": {"x": [1, np.float64(3)]}}
-    with pytest.raises(TypeError, match=r"state\['facts'\]\['x'\]\[1\] is a float64"):
+    bad = {"facts": {"x": [1, np.zeros(3)]}}
+    with pytest.raises(TypeError, match=r"state\['facts'\]\['x'\]\[1\] is a ndarray"):
         told.writer.save(bad, step=1, best_step=None)
     with pytest.raises(TypeError, match="has a key"):
         told.writer.save({"a": {(1, 2): 3}}, step=1, best_step=None)
+
+
+def test_numbers_of_numpy_are_saved_as_those_of_python() -> None:
+    numbers = {"f": np.float64(0.1), "i": np.int16(-3), "b": np.bool_(True), "s": np.str_("x")}
+    found = HostBuffers().copy(numbers)
+    assert found == {"f": 0.1, "i": -3, "b": True, "s": "x"}
+    assert [type(value) for value in found.values()] == [float, int, bool, str]
 
 
 def test_host_buffers_hold_what_was_copied_last_and_are_used_again() -> None:

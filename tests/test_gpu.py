@@ -44,7 +44,8 @@ def waits(config: Config) -> list[int]:
     from dist_train.claim import open_run
     from dist_train.metrics import Meter
     from dist_train.plan import make_plan
-    from dist_train.start import build_parts, open_feed, throw_away_step
+    from dist_train.start import build_parts, open_feed
+    from dist_train.trial import throw_away_step
 
     counts = []
     with start_ranks(config) as ranks, open_run(config, ranks) as run:

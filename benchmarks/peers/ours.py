@@ -17,9 +17,9 @@ from dist_train.data.batch import Batch
 from dist_train.data.loaders import Data
 from dist_train.distributed import Ranks
 from dist_train.order import GlobalOrderSampler
-from dist_train.start import throw_away_step
 from dist_train.state import Parts
 from dist_train.train import train
+from dist_train.trial import throw_away_step
 
 LIMIT_SEC = 60.0
 

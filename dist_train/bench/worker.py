@@ -38,8 +38,8 @@ from dist_train.start import (
     build_parts,
     find_micro_batch_size,
     start_left_out_of_collections,
-    throw_away_step,
 )
+from dist_train.trial import throw_away_step
 from dist_train.watchdog import watch
 
 BLOCK_SEC = 0.15  # short: the machine's speed is much the same for all blocks of a round

@@ -1,0 +1,141 @@
+"""Small networks as users write them: odd state, odd parameters, several outputs."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.nets import plain_net
+
+NAMES, CALLS = itertools.count(), itertools.count()
+
+
+class Versioned(nn.Module):
+    """plain_net that reads weights of its first version as others than they are: as MNASNet."""
+
+    _version = 2
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner = plain_net(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # by position
+        _, prefix, metadata, _, _, _, errors = args
+        if metadata.get("version") != 2:
+            errors.append(f"{prefix}inner was twice as wide before version 2")
+        super()._load_from_state_dict(*args)
+
+
+class Extra(nn.Module):
+    """plain_net with state beside its tensors: how many training forwards there were."""
+
+    def __init__(self, num_classes: int, *, kind: str = "plain") -> None:
+        super().__init__()
+        self.inner, self.kind, self.count = plain_net(num_classes), kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training and torch.is_grad_enabled()
+        return self.inner(x) * (1 + 0.01 * self.count)
+
+    def get_extra_state(self) -> Any:
+        kinds = {"plain": int, "numpy": np.int64, "bytes": bytes, "refused": str}
+        return {"count": kinds[self.kind](self.count)}
+
+    def set_extra_state(self, state: Any) -> None:
+        if self.kind == "refused":
+            raise ValueError("who needs extra state")
+        count = state["count"]
+        self.count = len(count) if isinstance(count, bytes) else count
+
+
+class RunningMean(nn.Module):
+    """plain_net behind a running mean of its inputs, kept by assignment or in place."""
+
+    mean: Tensor
+
+    def __init__(self, num_classes: int, *, in_place: bool = False) -> None:
+        super().__init__()
+        self.inner, self.in_place = plain_net(num_classes), in_place
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            new = 0.9 * self.mean + 0.1 * (x.detach().mean((0, 2, 3)).view(3, 1, 1) + 1)
+            if self.in_place:
+                self.mean.copy_(new)
+            else:
+                self.mean = new
+        return self.inner(x - self.mean)
+
+
+class Grid(nn.Module):
+    """plain_net that makes a buffer in its first forward, or another size of one.
+
+    kind: "none" is registered as None and filled, "registered" is registered there, "resized" is
+    given its size there, "cache" is no part of the state, "flag" is made once and not again.
+    """
+
+    def __init__(self, num_classes: int, *, kind: str = "none") -> None:
+        super().__init__()
+        self.inner, self.kind, self.ready = plain_net(num_classes), kind, False
+        if kind == "none":
+            self.register_buffer("grid", None)
+        elif kind == "resized":
+            self.register_buffer("grid", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = getattr(self, "grid", None)
+        missing = grid is None or grid.shape != x.shape[1:]
+        if missing and not self.ready:
+            # Of the images that it meets first: those of a trial step would be seen.
+            self.register_buffer("grid", x[0] + 1, persistent=self.kind != "cache")
+            self.ready = self.kind in ("flag", "cache")
+        return self.inner(x * self.grid)  # pyright: ignore[reportOperatorIssue] # a tensor
+
+
+class LateParameter(nn.Module):
+    """plain_net that makes a parameter in its first forward."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner = plain_net(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        return self.inner(x * self.scale)
+
+
+class NamedByCount(nn.Module):
+    """plain_net under a name that no two calls of the factory share."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_module(f"net_{next(NAMES)}", plain_net(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.children())(x)
+
+
+def Once(num_classes: int) -> nn.Module:  # noqa: N802 # as the networks here
+    """plain_net of a factory that can be called once in a process."""
+    if next(CALLS):
+        raise RuntimeError("registered already")
+    return plain_net(num_classes)
+
+
+class NeedsNumbers(nn.Module):
+    """plain_net whose making looks at numbers, and draws from every global generator."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        rates = [x.item() for x in torch.linspace(0, float(np.random.rand()), 3)]
+        self.inner, self.rate = plain_net(num_classes), rates[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (1 - self.rate)
