@@ -26,6 +26,7 @@ from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
+from dist_train.own_memory import refuse_lazy
 
 BACKEND = "inductor"  # of torch.compile
 MOST_GRAPHS = 64  # beyond torch's 8 the rest would run uncompiled
@@ -50,6 +51,7 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
             f"model.factory={config.model.factory} returned {type(model).__name__}: it must "
             "return a torch.nn.Module"
         )
+    refuse_lazy(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"model.factory={config.model.factory} returned a module without trainable parameters"

@@ -260,8 +260,8 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
-        self.params = list(model.parameters())
+        named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+        self.names, self.params = list(named), list(named.values())
         self.average = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from dist_train.config import Config, ConfigError, ParallelConfig
 from dist_train.distributed import Ranks
 from dist_train.gradients import FlatGradients, Gradients, TreeGradients
 from dist_train.overlap import BucketGradients, is_tested
+from dist_train.own_memory import check_types, make_dense
 
 NOT_SENT = (torch.int16, torch.complex64, torch.complex128)  # by gloo as such
 
@@ -35,10 +36,13 @@ class Replica:
         """Give every rank rank 0's weights and buffers. Collective.
 
         Raises:
-            ConfigError: the ranks have built models whose tensors differ in name, shape or type.
+            ConfigError: the ranks have built models whose tensors differ in name, shape or type,
+                or that hold tensors that cannot be trained.
         """
         if config.parallel.sync_batchnorm and ranks.control is not None:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        check_types(module)
+        make_dense(module)
         self.module = module
         self.ranks = ranks
         self.params = [p for p in module.parameters() if p.requires_grad]

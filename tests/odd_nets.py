@@ -139,3 +139,72 @@ class NeedsNumbers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) * (1 - self.rate)
+
+
+class Cut(nn.Module):
+    """A net whose first weights are a part of a wider tensor, as of a pretrained layer.
+
+    kind: "slice" leaves gaps, "dense" is the same made dense, "expanded" repeats one row, "tied" is
+    used twice, "shared" are two slices with a part in common, "apart" two without one.
+    """
+
+    def __init__(self, num_classes: int, *, kind: str = "slice") -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(432, 16), nn.Linear(432, 16)
+        self.head = nn.Linear(16, num_classes)
+        wide = nn.Linear(1000, 16).weight.detach()
+        taken = wide[:1, :432].expand(16, 432) if kind == "expanded" else wide[:, :432]
+        self.first.weight = nn.Parameter(taken.clone() if kind == "dense" else taken)
+        other = {"shared": wide[:, 100:532], "apart": wide[:, 500:932]}
+        if kind in other:
+            self.second.weight = nn.Parameter(other[kind])
+        if kind == "tied":
+            self.second.weight = self.first.weight
+        self.register_buffer("shift", torch.zeros(1).expand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        x = torch.relu(self.first(x)) + torch.relu(self.second(x))
+        return self.head(x + self.get_buffer("shift"))
+
+
+class Odd(nn.Module):
+    """plain_net with one tensor of an unusual type."""
+
+    def __init__(self, num_classes: int, *, kind: str) -> None:
+        super().__init__()
+        self.inner = plain_net(num_classes)
+        odd: dict[str, Any] = {
+            "complex parameter": lambda: nn.Parameter(torch.ones(3, dtype=torch.complex64)),
+            "whole parameter": lambda: nn.Parameter(torch.arange(3), requires_grad=False),
+            "frozen complex": lambda: nn.Parameter(torch.ones(3) * 1j, requires_grad=False),
+            "half parameter": lambda: nn.Parameter(torch.ones(3, dtype=torch.float16)),
+            "double parameter": lambda: nn.Parameter(torch.ones(3, dtype=torch.float64)),
+            "scalar parameter": lambda: nn.Parameter(torch.tensor(1.0)),
+            "empty parameter": lambda: nn.Parameter(torch.ones(3, 0)),
+            "float8 parameter": lambda: nn.Parameter(
+                torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False
+            ),
+            "sparse buffer": lambda: torch.eye(3).to_sparse(),
+            "complex buffer": lambda: torch.ones(3) * 1j,
+            "short buffer": lambda: torch.ones(3, dtype=torch.int16),
+            "boolean buffer": lambda: torch.ones(3, dtype=torch.bool),
+            "unsigned buffer": lambda: torch.ones(3, dtype=torch.uint16),
+        }
+        made = odd[kind]()
+        if isinstance(made, nn.Parameter):
+            self.odd = made
+        else:
+            self.register_buffer("odd", made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = self.odd
+        if odd.is_complex() and not isinstance(odd, nn.Parameter) and self.training:
+            self.odd = odd * 0.5 + x.detach().mean() * 1j
+        value = odd.real if odd.is_complex() else odd
+        return self.inner(x) * (1 + 0.01 * value.float().sum())
+
+
+def lazy_net(num_classes: int) -> nn.Module:
+    """A layer that does not know its size yet."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))

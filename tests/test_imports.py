@@ -39,7 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "state_file",
     ),
     ("chain_status", "rendezvous", "torchrun_store"),
-    ("agent", "buffers", "distributed", "memory", "muon", "plain_state", "plan"),
+    ("agent", "buffers", "distributed", "memory", "muon", "own_memory", "plain_state", "plan"),
     ("gradients", "overlap", "weights"),
     ("nonfinite", "optim", "parallel"),
     (
