@@ -26,7 +26,7 @@ from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
-from dist_train.own_memory import refuse_lazy
+from dist_train.tasks.outputs import SUPPORTED, Output, UnknownOutputError, heads_of
 
 BACKEND = "inductor"  # of torch.compile
 MOST_GRAPHS = 64  # beyond torch's 8 the rest would run uncompiled
@@ -51,7 +51,6 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
             f"model.factory={config.model.factory} returned {type(model).__name__}: it must "
             "return a torch.nn.Module"
         )
-    refuse_lazy(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"model.factory={config.model.factory} returned a module without trainable parameters"
@@ -176,16 +175,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def checked_logits(
-    model: Callable[[Tensor], Tensor], images: Tensor, num_classes: int, factory: str
-) -> Tensor:
-    """Forward `images` and check that the output fits the data.
+    model: Callable[[Tensor], Output], images: Tensor, num_classes: int, factory: str
+) -> Output:
+    """Forward `images` and check that the output, of all heads, fits the data.
 
     Raises:
         ConfigError: the model refuses the pictures or gives other outputs than classes.
     """
     shape = tuple(images.shape)
     try:
-        logits = model(images)
+        output = model(images)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         short = isinstance(error, Exception) and is_out_of_memory(error)
         if short or isinstance(error, ConfigError) or is_of_machine(error):
@@ -197,19 +196,26 @@ def checked_logits(
                 "model.compile=false, or mend what it names"
             ) from error
         raise ConfigError(_refusal_of_images(error, shape, factory)) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    try:
+        heads = heads_of(output)
+    except UnknownOutputError as error:
         raise ConfigError(
-            f"model.factory={factory} returned {what} for pictures {shape}: it must return logits "
-            f"of shape ({shape[0]}, {num_classes})"
-        )
-    if logits.shape[1] != num_classes:
-        raise ConfigError(
-            f"model.factory={factory} gives {logits.shape[1]} outputs, the data have {num_classes} "
-            "classes: let the factory use its argument num_classes, or drop a number of classes "
-            "from model.args"
-        )
-    return logits
+            f"model.factory={factory} returned {error} for images {shape}: it must return "
+            f"{SUPPORTED}"
+        ) from None
+    for _, logits in heads:
+        if logits.ndim != 2:
+            raise ConfigError(
+                f"model.factory={factory} returned {tuple(logits.shape)} for pictures {shape}: it "
+                f"must return logits of shape ({shape[0]}, {num_classes})"
+            )
+        if logits.shape[1] != num_classes:
+            raise ConfigError(
+                f"model.factory={factory} gives {logits.shape[1]} outputs, the data have "
+                f"{num_classes} classes: let the factory use its argument num_classes, or drop a "
+                "number of classes from model.args"
+            )
+    return output
 
 
 def _refusal_of_images(error: BaseException, shape: tuple[int, ...], factory: str) -> str:

@@ -68,7 +68,7 @@ def bytes_per_sample(model: nn.Module, image_shape: tuple[int, int, int]) -> flo
     parameters = list(model.parameters())
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.zeros(2, *image_shape, device=parameters[0].device)).sum()
+        model(torch.zeros(2, *image_shape, device=parameters[0].device))
     return sum(n for pointer, n in kept.items() if pointer not in weights) / 2
 
 

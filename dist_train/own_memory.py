@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from dist_train.config import ConfigError
 from dist_train.state_file import DTYPES
@@ -39,16 +38,6 @@ def check_types(module: nn.Module) -> None:
                 "train: make it a real parameter with a last dimension of 2, and take "
                 "torch.view_as_complex of it in the forward"
             )
-
-
-def refuse_lazy(module: nn.Module) -> None:
-    """Raise ConfigError if a layer waits for its first batch to know its size."""
-    lazy = [name for name, tensor in _named(module) if is_lazy(tensor)]
-    if lazy:
-        raise ConfigError(
-            f"the model's {lazy[0]!r} has no size yet (a lazy layer of torch): forward a batch of "
-            "zeros through the model in the factory, or give the layer its sizes"
-        )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Replica:
         else:
             self.gradients = FlatGradients(self.params, ranks)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Any:
         """Forward; through DDP where its hooks reduce the gradients."""
         if self.ddp is not None and self.form == "overlap":  # not while measured alone
             return self.ddp(images)

@@ -16,6 +16,7 @@ from dist_train.optim import learning_rate_in_force, set_learning_rate
 from dist_train.order import micro_batches, seed_of, shards
 from dist_train.state import Parts
 from dist_train.tasks import classification as task
+from dist_train.tasks.outputs import Output
 from dist_train.weights import weights_of
 
 
@@ -135,7 +136,7 @@ def pieces_of(parts: Parts, batch: Batch) -> list[tuple[int, int]]:
 
 def _forward(
     parts: Parts, part: Batch, *, step: int, generation: int, bare: bool = False
-) -> Tensor:
+) -> Output:
     """Forward one piece; `bare` leaves out the wrapper, which the other ranks take part in."""
     # Dropout: a function of the run's place, never of the rank. Not torch.manual_seed: where CUDA
     # is not in use it formats the caller's stack each time, for 0.1 to 0.2 ms.

@@ -1,13 +1,13 @@
 """Small networks as users write them: odd state, odd parameters, several outputs."""
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.nets import plain_net
+from tests.nets import noisy_net, plain_net
 
 NAMES, CALLS = itertools.count(), itertools.count()
 
@@ -205,6 +205,44 @@ class Odd(nn.Module):
         return self.inner(x) * (1 + 0.01 * value.float().sum())
 
 
-def lazy_net(num_classes: int) -> nn.Module:
-    """A layer that does not know its size yet."""
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+class OneAux(NamedTuple):
+    """As Inception v3 of torchvision returns."""
+
+    logits: Tensor
+    aux_logits: Tensor | None
+
+
+class TwoAux(NamedTuple):
+    """As GoogLeNet of torchvision returns."""
+
+    logits: Tensor
+    aux_logits2: Tensor | None
+    aux_logits1: Tensor | None
+
+
+class Headed(nn.Module):
+    """noisy_net with auxiliary heads on its input, in training; `kind` says how it returns them.
+
+    With `bad` an auxiliary head is not finite for any batch but the zeros of a trial step.
+    """
+
+    def __init__(self, num_classes: int, *, kind: str, bad: bool = False) -> None:
+        super().__init__()
+        self.main, self.kind, self.bad = noisy_net(num_classes), kind, bad
+        self.first, self.second = (nn.Linear(3, num_classes) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        main = self.main(x)
+        if not self.training:
+            return {"logits": main} if self.kind == "dictionary" else main
+        first, second = self.first(x.mean((2, 3))), self.second(x.amax((2, 3)))
+        if self.bad:
+            first = first / (x.abs().amax() == 0)
+        return {
+            "one": lambda: OneAux(main, first),
+            "two": lambda: TwoAux(main, second, first),
+            "dictionary": lambda: {"logits": main, "aux_logits": first, "aux_logits2": None},
+            "pair": lambda: (main, first),
+            "features": lambda: {"logits": main, "features": first},
+            "narrow": lambda: OneAux(main, first[:, 1:]),
+        }[self.kind]()

@@ -104,7 +104,6 @@ def test_dense_is_what_fills_its_memory(
     ("words", "told"),
     [
         ("Cut model.args.kind=shared", ("'first.weight'", "'second.weight'", ".clone()")),
-        ("lazy_net", ("'1.weight' has no size yet", "lazy")),
         (
             "Odd model.args.kind='complex parameter'",
             ("'odd' is torch.complex64", "view_as_complex"),

@@ -10,13 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.data.batch import Batch
+from dist_train.tasks.outputs import Output, heads_of, main_logits
 
 
-def loss_sum(logits_nk: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+def loss_sum(output: Output, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy summed over the batch, 0-d; mixed labels are weighted.
 
+    Of a network with auxiliary heads it is the weighted sum of theirs and the main one's.
     Half-precision logits are taken up to float32 first.
     """
+    if isinstance(output, Tensor):
+        return _cross_entropy(output, batch, label_smoothing)
+    (_, main), *others = heads_of(output)
+    loss = _cross_entropy(main, batch, label_smoothing)
+    for weight, logits_nk in others:
+        loss = loss + weight * _cross_entropy(logits_nk, batch, label_smoothing)
+    return loss
+
+
+def _cross_entropy(logits_nk: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     logits_nk = _wide(logits_nk)
     if batch.partner_labels is None or batch.own_weight is None:
         return F.cross_entropy(
@@ -29,13 +41,17 @@ def loss_sum(logits_nk: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -
     return (batch.own_weight * own + (1 - batch.own_weight) * other).sum()
 
 
-def outcome(loss: Tensor, logits_nk: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (summed loss, 0-d; which predictions are right, (n,) bool). Does not wait."""
-    return loss.detach(), logits_nk.argmax(1) == batch.labels
+def outcome(loss: Tensor, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (summed loss, 0-d; which predictions are right, (n,) bool). Does not wait.
+
+    The predictions are those of the main logits.
+    """
+    return loss.detach(), main_logits(output).argmax(1) == batch.labels
 
 
-def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
-    """Return (4,) float64 on the device: summed loss, top-1, top-5, samples."""
+def eval_sums(output: Output, batch: Batch) -> Tensor:
+    """Return (4,) float64 on the device: summed loss, top-1, top-5, samples; of the main logits."""
+    logits_nk = main_logits(output)
     loss = F.cross_entropy(_wide(logits_nk), batch.labels, reduction="sum")
     best = logits_nk.topk(min(5, logits_nk.shape[1]), dim=1).indices == batch.labels[:, None]
     count = torch.full_like(loss, len(batch))
@@ -45,7 +61,7 @@ def eval_sums(logits_nk: Tensor, batch: Batch) -> Tensor:
 
 
 def mean_over_views(
-    model: Callable[[Tensor], Tensor], images: Tensor, logits_nk: Tensor, views: int
+    model: Callable[[Tensor], Output], images: Tensor, output: Output, views: int
 ) -> Tensor:
     """Return the mean of the logits over several views of each picture, (n, k) float32.
 
@@ -55,15 +71,15 @@ def mean_over_views(
     Args:
         model: from pictures to logits.
         images: (n, c, h, w).
-        logits_nk: the model's of `images`.
+        output: the model's of `images`.
         views: 2 or 6.
     """
 
     def both(pictures: Tensor, known: Tensor | None = None) -> Tensor:
-        upright = model(pictures) if known is None else known
-        return (_wide(upright) + _wide(model(pictures.flip(3)))) / 2
+        upright = main_logits(model(pictures)) if known is None else known
+        return (_wide(upright) + _wide(main_logits(model(pictures.flip(3))))) / 2
 
-    mean = both(images, logits_nk)
+    mean = both(images, main_logits(output))
     if views == 2:
         return mean
     height, width = images.shape[2:]
