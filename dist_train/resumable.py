@@ -47,10 +47,7 @@ def try_loading(
         try:
             fresh = build_model(config, num_classes, _on(ranks, "cpu"))
         except Exception as error:
-            return (
-                f"model.factory={factory} fails when it is called a second time "
-                f"({type(error).__name__}: {error}): that this run can be continued is not proven"
-            )
+            return f"that this run can be continued is not proven: called a second time, {error}"
         try:
             _load(fresh, held)
         except Exception as error:

@@ -153,7 +153,8 @@ def test_a_factory_that_works_once_is_told_and_not_refused() -> None:
     state, config = state_of("tests.odd_nets:Once")
     warning = try_loading(state, config, 10, single_process())
     assert warning is not None
-    assert "a second time (RuntimeError: registered already)" in warning
+    assert "called a second time, model.factory=tests.odd_nets:Once" in warning
+    assert "registered already" in warning
 
 
 def test_a_state_without_metadata_is_read_as_of_the_module_itself() -> None:
