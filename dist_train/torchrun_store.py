@@ -26,9 +26,10 @@ UNKNOWN = (RuntimeError, ValueError, AttributeError, KeyError)
 def with_address_of_round(layout: Layout, env: Mapping[str, str]) -> Layout:
     """Return the layout with the address that holds for this round of torchruns.
 
-    Only where it can differ from torchrun's word: several machines that have met before.
+    Only where it can differ from torchrun's word: on several machines. How many rounds there were
+    torchrun does not tell: it does not count those that another machine asked for.
     """
-    if env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not _meets_in_rounds(env):
+    if not _meets_in_rounds(env):
         return layout
     try:
         place = _round(env, later=0)

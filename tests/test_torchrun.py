@@ -193,22 +193,26 @@ def test_ranks_whose_torchrun_is_killed_save_and_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_of_two_torchruns_is_killed_and_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_torchruns_is_killed_and_started_again(rank: int, tmp_path: Path) -> None:
     """Its death is no wish to stop: the other one's ranks are started again, and meet the new."""
     folder, port = tmp_path / "run", free_port()
     words = (*HARD, "train.steps=60", "log_every=1", "model.factory=tests.nets:paced_net")
     clean = run_ranks(trained, 2, small(tmp_path / "clean", *words, "model.args.sec=0.0"))[0]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--max-restarts=3"]
     command += ["--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=one"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "dist_train"]
-    command += [*SMALL, *words, "model.args.sec=0.1", f"run_dir={folder}"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}"]
+    words = ("-m", "dist_train", *SMALL, *words, "model.args.sec=0.1", f"run_dir={folder}")
+    # torchrun orders them by their addresses.
+    kept = [*command, f"--local-addr=127.0.0.{3 - 2 * rank}", *words]
+    killed = [*command, "--local-addr=127.0.0.2", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    first = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    first = subprocess.Popen(kept, cwd=REPOSITORY, **pipes)
     end = time.monotonic() + 60
     while not serves(port):  # it has the store of both
         assert time.monotonic() < end, "nobody listens"
         time.sleep(0.1)
-    second = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    second = subprocess.Popen(killed, cwd=REPOSITORY, **pipes)
     end = time.monotonic() + 90
     while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 10:
         assert first.poll() is None, first.communicate()[0]
@@ -218,9 +222,9 @@ def test_one_of_two_torchruns_is_killed_and_started_again(tmp_path: Path) -> Non
     second.communicate(timeout=60)  # ends when its rank has saved
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 1)
-    assert "lost its launcher (torchrun died), after step" in status["reason"]
+    assert f"rank {rank} lost its launcher (torchrun died), after step" in status["reason"]
     assert (folder / "checkpoints" / f"step_{status['step']:08d}").is_dir(), "steps were lost"
-    second = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    second = subprocess.Popen(killed, cwd=REPOSITORY, **pipes)
     ends = [process.communicate(timeout=200)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], ends
     summary = json.loads((folder / "summary.json").read_text())
