@@ -147,9 +147,9 @@ def _slope(x: list[float], y: list[float]) -> float:
 ROWS = (
     Row(
         id="U1",
-        promise="every common mistake is answered by one line that names the cure, and exit code 2",
+        promise="every common mistake is answered by a line or a few that name the cure, and exit code 2",
         injection="a misspelt key, a wrong type, a missing folder, another model's checkpoint ...",
-        num_trials=36,
+        num_trials=66,
         measures="to the answer",
         work=u1,
     ),
