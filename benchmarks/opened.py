@@ -37,7 +37,7 @@ def opened(config: Config, ranks: Ranks) -> Iterator[Opened]:
         plan = make_plan(config, data.num_train, world_size=ranks.world_size)
         parts = build_parts(config, plan, data, run)
         meter = Meter(ranks, plan)
-        progress = run.resume(parts, meter, data.fingerprint())
+        progress = run.resume(parts, meter, data)
         throw_away_step(parts, data, step=0)
         feed = open_feed(parts, data, last_step=10**9)
         try:

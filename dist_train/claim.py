@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dist_train.chain import begin
@@ -105,6 +106,7 @@ def _claim(run: Run) -> Claim:
                 f"resume=never, but {folder.path} holds checkpoints: choose another run_dir, or "
                 "delete the folder to train from the start"
             )
+        _tell_other_root(run, saved)
         before, now = length_of(saved), length_of(config)
         if before == now and status.get("state") == "finished":
             summary = read_json(folder.path / "summary.json")
@@ -125,17 +127,32 @@ def _claim(run: Run) -> Claim:
     return _begin(run, status)
 
 
+def _tell_other_root(run: Run, saved: Config) -> None:
+    """Say that the command names another folder of data than the run was trained on."""
+    before, now = saved.data.root, run.config.data.root
+    if before is None or now is None or Path(before).resolve() == Path(now).resolve():
+        return
+    run.warn(
+        f"this is a run on data.root={before}, and the command says {now}: if those are other data "
+        f"give them a run of their own, with run_dir={_unused(run.path)}"
+    )
+
+
+def _unused(path: Path) -> Path:
+    """Return a folder beside `path` that does not exist."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(folder for folder in numbered if not folder.exists())
+
+
 def _tell_changed_code(run: Run) -> None:
     """Say which code is not that of the finished run, whose results are about to be shown."""
     before = run.folder.code()
     changes = changes_of_code(before, code_on_disk(run.config, before))
     if not changes:
         return
-    numbered = (run.path.with_name(f"{run.path.name}-{i}") for i in itertools.count(2))
-    new = next(path for path in numbered if not path.exists())
     run.warn(
         f"since this run was finished {', '.join(changes)}: the results below are of the code "
-        f"before; to train anew add run_dir={new} to the command"
+        f"before; to train anew add run_dir={_unused(run.path)} to the command"
     )
 
 

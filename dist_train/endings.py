@@ -100,6 +100,7 @@ def end_finished(
     """
     run.ranks.pulse.enter("checkpoint")
     progress.wall_sec += run.lap()
+    run.warn_if_not_finite(progress.step, "test", result)
     if parts.ema is not None:
         parts.ema.swap()  # the average is what was evaluated
     summary = make_summary(parts, progress, data, result, run.facts["device"])

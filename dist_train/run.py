@@ -1,6 +1,7 @@
 """A run's life around the loop: resume, save, report, and end truthfully."""
 
 import contextlib
+import math
 import os
 import resource
 import sys
@@ -17,6 +18,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.identity import length_of
 from dist_train.config.redact import redact
 from dist_train.config.streams import put
+from dist_train.data.loaders import Data
 from dist_train.distributed import Ranks
 from dist_train.failure import ChainNotes
 from dist_train.imported_code import changes_of_code, imported_code
@@ -78,7 +80,7 @@ class Run:
         for text in filter(None, texts):
             self.say(f"*** {text} ***")
 
-    def resume(self, parts: Parts, meter: Meter, data: dict[str, Any]) -> Progress:
+    def resume(self, parts: Parts, meter: Meter, data: Data) -> Progress:
         """Take up the newest good checkpoint, or the one asked for, or start anew. Collective.
 
         Own checkpoints that are newer, and so were refused, are set aside: the run writes its own
@@ -89,7 +91,7 @@ class Run:
             OSError: a refused one cannot be set aside.
         """
         code = imported_code(self.config) if self.ranks.rank == 0 else {}
-        self.facts = redact(run_facts(parts, data, cpu_name()))
+        self.facts = redact(run_facts(parts, data.fingerprint(), data.content, cpu_name()))
         self.facts[CODE] = code
         found = self.states.newest()
         if found is None:
@@ -278,7 +280,19 @@ class Run:
     ) -> None:
         """Write one line with an evaluation's numbers."""
         named = {f"eval/{name}": value for name, value in result.items()}
+        self.warn_if_not_finite(progress.step, split, result)
         self._trackers.log(self.stamp(progress, plan) | {"eval/split": split} | named)
+
+    def warn_if_not_finite(self, step: int, split: str, result: dict[str, float]) -> None:
+        """Say so where an evaluation's loss is NaN or infinite, which no step's gradients show."""
+        if math.isfinite(result["loss"]):
+            return
+        what = f"the loss on the {split} split is {result['loss']}"
+        self.warn(
+            f"step {step}: {what}: logits overflow, or the network's running statistics did. Lower "
+            "optim.lr, or look at the images of this split"
+        )
+        self.folder.event("evaluation_not_finite", step=step, reason=what)
 
     def wants_save(self) -> bool:
         """Say whether rank 0 asks for a save at this boundary; tells what its thread met.

@@ -18,7 +18,8 @@ from dist_train.progress import Progress
 from dist_train.recovery import Recovery
 from dist_train.weights import load_weights, weights_of
 
-CODE = "code"  # among the facts, of imported_code
+# Among the facts: of imported_code, and of the data, which are told of in words.
+CODE, CONTENT = "code", "content"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,21 +100,28 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
             "were, or use another run_dir"
         )
     facts = {"model.memory_format": "channels_last"} | facts  # before there was a choice
-    free = {"data", CODE}  # the code is told of file by file
+    free = {"data", CODE, CONTENT}
     if now["parallel.sync"] == "fixed":
         free.add("world_size")
-    return [
+    told = []
+    if facts.get(CONTENT, now[CONTENT]) not in ("", now[CONTENT]):
+        told.append(
+            f"the data have changed since {origin} was saved: other files, images or labels of the "
+            "same number. The run goes on with those that are there now"
+        )
+    return told + [
         f"{key} is {now[key]} and was {facts.get(key)}: the bits of the result may differ"
         for key in now
         if key not in free and facts.get(key) != now[key]
     ]
 
 
-def run_facts(parts: Parts, data: dict[str, Any], cpu: str) -> dict[str, Any]:
-    """Return the surroundings that decide about bits, and the data's fingerprint."""
+def run_facts(parts: Parts, data: dict[str, Any], content: str, cpu: str) -> dict[str, Any]:
+    """Return the surroundings that decide about bits, and the data's fingerprint and content."""
     ranks = parts.replica.ranks
     return {
         "data": data,
+        CONTENT: content,
         "world_size": ranks.world_size,
         "parallel.sync": parts.replica.form,
         "precision": parts.precision,

@@ -57,7 +57,7 @@ def train(config: Config) -> dict[str, Any]:
         parts = build_parts(config, plan, data, run)
         stack.callback(parts.replica.close)
         meter = Meter(ranks, plan)
-        progress = run.resume(parts, meter, data.fingerprint())
+        progress = run.resume(parts, meter, data)
         find_micro_batch_size(parts, data, run)
         pulse.at("start", progress.step)
         weights = throw_away_step(parts, data, step=progress.step)

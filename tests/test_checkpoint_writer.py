@@ -378,7 +378,7 @@ def rolled_back(config: Any) -> list[Any]:
         from dist_train.metrics import Meter
 
         run.states.set_aside_after(6, why="rejected")
-        again = run.resume(parts, Meter(run.ranks, parts.plan), data.fingerprint())
+        again = run.resume(parts, Meter(run.ranks, parts.plan), data)
         seen.append((again.step, again.generation))
         return real(run, parts, again, data, result)
 

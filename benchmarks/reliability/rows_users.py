@@ -147,7 +147,8 @@ def _slope(x: list[float], y: list[float]) -> float:
 ROWS = (
     Row(
         id="U1",
-        promise="every common mistake is answered by a line or a few that name the cure, and exit code 2",
+        promise="every common mistake is answered by a line or a few that name the cure, and exit "
+        "code 2",
         injection="a misspelt key, a wrong type, a missing folder, another model's checkpoint ...",
         num_trials=66,
         measures="to the answer",

@@ -13,6 +13,7 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.augmentation import described, in_force
 from dist_train.config.streams import put
 from dist_train.data.batch import Batch
+from dist_train.data.content import content_of
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source, needs_a_first
@@ -57,6 +58,7 @@ class Data:
     num_val: int
     num_test: int
     loader: Loader
+    content: str = ""  # a digest of files, images and labels; empty: not known
 
     @property
     def num_classes(self) -> int:
@@ -157,6 +159,7 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         num_val=len(val),
         num_test=len(test),
         loader=loader,
+        content=content_of(source.train, source.test),
     )
 
 

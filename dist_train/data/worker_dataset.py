@@ -35,16 +35,20 @@ class FileItems:
     def __init__(self, root: Path, files: Sequence[PictureFile]) -> None:
         self._root = str(root)
         # arrays, not lists: counting references would copy every page into every worker
-        self._paths = np.array([os.fsencode(file.path) for file in files])
-        self._labels = np.array([file.label for file in files], dtype=np.int64)
+        self.paths = np.array([os.fsencode(file.path) for file in files])  # below the root
+        self.labels = np.array([file.label for file in files], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        """Return where a file is."""
+        return os.path.join(self._root, os.fsdecode(self.paths[index]))
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]:
-        path = os.path.join(self._root, os.fsdecode(self._paths[index]))
+        path = self.path(index)
         try:
-            return read_rgb(path), int(self._labels[index])
+            return read_rgb(path), int(self.labels[index])
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
             if is_of_machine(error):
                 raise
@@ -58,14 +62,14 @@ class ArrayItems:
     """Pictures in memory, one by one."""
 
     def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
+        self.pictures = pictures
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self.pictures)
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        image = np.ascontiguousarray(self._pictures.images[index].transpose(2, 0, 1))
-        return torch.tensor(image), int(self._pictures.labels[index])
+        image = np.ascontiguousarray(self.pictures.images[index].transpose(2, 0, 1))
+        return torch.tensor(image), int(self.pictures.labels[index])
 
 
 class WorkerPictures(Dataset[tuple[Tensor, int]]):
@@ -77,7 +81,7 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
     def __init__(self, items: Items, config: DataConfig, *, num_classes: int) -> None:
         from torchvision.transforms import v2
 
-        self._items = items
+        self.items = items
         self._num_classes = num_classes
         # By whether they are for evaluation: the first image's index, shape and type.
         self._alike: dict[bool, tuple[int, torch.Size, torch.dtype]] = {}
@@ -95,7 +99,7 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         self._evaluation = v2.Compose([*whole, v2.ToImage()])
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         """Return the picture (channels, height, width) and its label.
@@ -148,15 +152,10 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
             raise UserCodeError(told(f"{what}, cannot be cropped and resized", error)) from error
         return made.as_subclass(Tensor)
 
-    @property
-    def items(self) -> Items:
-        """What it was made of."""
-        return self._items
-
     def _checked(self, index: int) -> tuple[Image.Image | Tensor, int]:
         what = f"item {index} of the data set"
         try:
-            item = self._items[index]
+            item = self.items[index]
         except (Exception, SystemExit) as error:
             if isinstance(error, ConfigError) or is_of_machine(error):
                 raise

@@ -111,7 +111,7 @@ def test_a_picture_is_turned_as_its_exif_data_say(
         if isinstance(source.train, Pictures):
             found = source.train.images[0]
         else:
-            found = np.asarray(source.train._items[0][0])
+            found = np.asarray(source.train.items[0][0])
         assert found.shape == (6, 8, 3)
         assert found.argmax(-1)[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [1, 2, 1, 0]
 
