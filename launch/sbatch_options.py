@@ -65,12 +65,17 @@ def check_sbatch_arg(word: str) -> None:
         raise ConfigError(f"--sbatch-arg={word} is not for sbatch's own words: {told}")
 
 
-def hint_for(words: list[str]) -> str:
-    """Return what to type for options of sbatch's among words that submit does not know."""
+def hint_for(words: list[str], *, is_known: bool) -> str:
+    """Return what to type for options of sbatch's among words that submit does not know.
+
+    Args:
+        words: they begin with one that submit does not know.
+        is_known: what is meant by them is known otherwise, if they are none of sbatch's.
+    """
     for word in words:
         if word.startswith("-"):
-            told = _told(word)
-            return told or f"an option of sbatch's own is given as --sbatch-arg={word}"
+            own = f"an option of sbatch's own is given as --sbatch-arg={word}; else see --help"
+            return _told(word) or ("" if is_known else own)
     return ""
 
 

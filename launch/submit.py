@@ -110,9 +110,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     try:
         return parser.parse_intermixed_args(argv)
     except ConfigError as mistake:
-        unknown = str(mistake).partition("unrecognized arguments: ")[2].removesuffix(": see --help")
-        hint = hint_for(unknown.split())
-        raise ConfigError(f"{mistake}{hint and f'; {hint}'}") from None
+        begin, _, rest = str(mistake).partition("unrecognized arguments: ")
+        unknown, _, meant = rest.partition(": ")
+        hint = hint_for(unknown.split(), is_known=meant != "see --help")
+        if begin or not hint:
+            raise
+        raise ConfigError(f"unrecognized arguments: {unknown}: {hint}") from None
 
 
 def _plan(options: argparse.Namespace) -> Plan:

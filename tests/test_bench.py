@@ -975,22 +975,28 @@ def test_a_work_dir_that_cannot_be_made_is_told(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize(("count", "kind"), [("1", "RuntimeError"), ("2", "MemoryError")])
 def test_why_a_rank_failed_is_told(
     count: str,
+    kind: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "broken_net.py").write_text(
-        "def net(num_classes):\n    raise RuntimeError('the net is broken')\n"
+        f"def net(num_classes):\n    raise {kind}('the net is broken')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
-    assert main(["--nproc", count, *words, "model.factory=broken_net:net"]) == 1
+    code = main(["--nproc", count, *words, "model.factory=broken_net:net"])
     error = capsys.readouterr().err
-    assert f"the launch of {count} x {256 // int(count)} failed" in error
-    assert "RuntimeError: the net is broken" in error
+    assert f"{kind}: the net is broken" in error
+    if kind == "RuntimeError":  # the user's own mistake, told as such
+        assert code == 2
+        assert "Traceback" not in error
+    else:
+        assert code == 1
+        assert f"the launch of {count} x {256 // int(count)} failed" in error
     assert "broken_net.py" in error
 
 

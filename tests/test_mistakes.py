@@ -302,7 +302,7 @@ def test_a_full_disk_is_told_by_one_process_too(tmp_path: Path) -> None:
     command = [*in_a_small_disk("full"), sys.executable, "-m", "dist_train", *DISK_WORDS]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "cannot write to run_dir run: No space left" in only_line(done.stderr)
+    assert f"cannot write to run_dir {tmp_path / 'run'}: No space left" in only_line(done.stderr)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """No secret is in what a run writes, and a run goes on without it in its folder."""
 
+import itertools
 import json
 import os
 import sys
@@ -19,13 +20,20 @@ from tests.settings import SMALL, small
 NET = "model.factory=tests.test_redact:net_with_key"
 
 
-def net_with_key(num_classes: int, *, api_key: str = "", tells: bool = False) -> Any:
-    """Return a network; with `tells` fail and let the message hold every secret."""
+def net_with_key(num_classes: int, *, api_key: str = "", tells: str = "") -> Any:
+    """Return a network that fails, when it is made or in a later step, and tells every secret."""
     from tests.nets import plain_net
 
-    if tells:
+    def tell() -> None:
         raise RuntimeError(f"no answer to {api_key}\nwith {os.environ['X_TOKEN']}")
-    return plain_net(num_classes)
+
+    if tells == "at the start":
+        tell()
+    net = plain_net(num_classes)
+    calls = itertools.count()
+    if tells == "later":
+        net.register_forward_hook(lambda *_: tell() if next(calls) == 10 else None)
+    return net
 
 
 def trained(folder: Path, words: list[str], env: dict[str, str]) -> None:
@@ -147,11 +155,13 @@ def test_no_file_of_a_run_holds_a_secret_and_it_resumes(tmp_path: Path) -> None:
     assert f"model.args.api_key={MASK}" in (tmp_path / "run" / "environment.json").read_text()
 
 
-def test_no_secret_of_an_exception_is_in_a_file(tmp_path: Path) -> None:
-    words = [NET, "model.args.api_key=canary-key", "model.args.tells=true"]
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_no_secret_of_an_exception_is_in_a_file(when: str, tmp_path: Path) -> None:
+    words = [NET, "model.args.api_key=canary-key", f"model.args.tells='{when}'"]
     ends = start_ranks_of(trained, 0, tmp_path, words, {"X_TOKEN": "canary-token"})
     assert "canary-token" in str(ends[0].error)
     run = tmp_path / "run"
     assert not files_with(run, "canary-")
-    for name in ("status.json", "chain.json", "events.jsonl", "log/failure-0-rank0.txt"):
+    later = ("chain.json", "log/failure-0-rank0.txt") if when == "later" else ()
+    for name in ("status.json", "events.jsonl", *later):
         assert MASK in (run / name).read_text(), name

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -89,8 +90,12 @@ def test_the_same_exception_three_times_ends_with_93(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 93, errors
     last = errors.splitlines()[-1]
-    assert "RuntimeError: an injected exception (3 times, at the same step)" in last
-    assert errors.count("Traceback (most recent call last)") == 3
+    assert re.search(r"RuntimeError: an injected exception at \S*tests/faults\.py:\d+ in", last)
+    assert "(3 times, at the same step)" in last
+    assert errors.count("RuntimeError: an injected exception\n  at ") == 3, "its place, each time"
+    traces = sorted((tmp_path / "log").glob("failure-*-rank1.txt"))
+    assert len(traces) == 3
+    assert all("Traceback (most recent call last)" in path.read_text() for path in traces)
     assert errors.count("dist-train: attempt") == 2, "a line for each restart, and no third one"
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["exit_code"], status["attempt"], status["step"]) == (93, 2, 3)

@@ -341,8 +341,9 @@ REFUSED = {
     "a sweep's option": ([*GPUS, "--array-parallelism", "2"], "--array-parallelism=2 is for a"),
     "sbatch's option as submit's": (
         [*GPUS, "--ntasks-per-node", "4"],
-        "unrecognized arguments: --ntasks-per-node: see --help; give --tasks-per-node to submit",
+        "unrecognized arguments: --ntasks-per-node: give --tasks-per-node to submit",
     ),
+    "a setting as an option": ([*GPUS, "--lr", "0.1"], "--lr: settings are written optim.lr=0.1"),
     "sbatch's short option": ([*GPUS, "-J", "foo"], "give --name to submit"),
     "sbatch's unknown option": ([*GPUS, "--hold"], "is given as --sbatch-arg=--hold"),
     "variables kept from the ranks": ([*GPUS, "--srun-arg=--export=NONE"], "--export=ALL,NAME="),
