@@ -106,8 +106,10 @@ class Cluster:
         """Kill the controller, and start it again at the end, with what it knew."""
         self._processes["slurmctld"].kill()
         self._processes["slurmctld"].wait()
-        yield
-        self._spawn("slurmctld", ["slurmctld", "-D"])
+        try:
+            yield
+        finally:  # the other tests of this cluster need it
+            self._spawn("slurmctld", ["slurmctld", "-D"])
 
     def cut(self, number: int) -> None:
         """Cut a node's cable."""
