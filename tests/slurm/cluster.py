@@ -127,8 +127,20 @@ class Cluster:
             if len(set(idle.split())) == self.num_nodes:
                 return
             time.sleep(0.1)
-        log = (self.base / "log/slurmctld.log").read_text()
-        raise AssertionError(f"nodes not idle:\n{self.run('sinfo', '-N')}\n{log[-3000:]}")
+        raise AssertionError(f"nodes not idle:\n{self.state()}")
+
+    def clear(self) -> None:
+        """Cancel the jobs that are left, and wait until every node is idle."""
+        left = self.run("squeue", "-h", "-o", "%A").split()
+        if left:
+            self.run("scancel", *left)
+        self.wait_for_nodes()
+
+    def state(self) -> str:
+        """Return the nodes, the jobs, and the end of the controller's log."""
+        log = (self.base / "log/slurmctld.log").read_text(errors="replace")
+        nodes = self.run("sinfo", "-N", "-l", "-p", "main") + self.run("sinfo", "-R")
+        return f"{nodes}{self.run('squeue')}{log[-3000:]}"
 
     def run(self, *words: str, **variables: str) -> str:
         """Run a command where the cluster's commands are found; returns what it wrote."""

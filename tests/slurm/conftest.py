@@ -22,6 +22,13 @@ def slurm_is_here() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(slurm_is_here: None) -> Iterator[Cluster]:
+def started_cluster(slurm_is_here: None) -> Iterator[Cluster]:
     with running_cluster(cpus=2) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(started_cluster: Cluster) -> Cluster:
+    """A cluster without jobs, whatever the test before has left."""
+    started_cluster.clear()
+    return started_cluster

@@ -90,7 +90,7 @@ class Submitted:
         while not there():
             if time.monotonic() > end:
                 late = f"{what} did not come in {timeout_sec:.0f} s"
-                raise AssertionError(f"{late}: {self.job()}\n{self.text()}")
+                raise AssertionError(f"{late}:\n{self.text()}\n{self.cluster.state()}")
             time.sleep(0.1)
 
     def processes(self, word: str = "dist_train") -> dict[int, dict[str, str]]:
