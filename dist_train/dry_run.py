@@ -72,6 +72,7 @@ def describe(config: Config) -> str:
             f"{data.name}: {data.num_train:,} train, {data.num_val:,} val, "
             f"{data.num_test:,} test, {data.num_classes} classes",
         ),
+        ("image size", data.image_size),
         ("augmentation", data.augmentation + hint(config.data, data.name)),
         ("global batch", f"{plan.global_batch_size} (at most {last - first} a rank)"),
         ("micro-batch", f"{micro} ({len(pieces)} accumulated)" + found_later),

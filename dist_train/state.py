@@ -92,9 +92,10 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
     Raises:
         ConfigError: the data are not those that the run was trained on.
     """
-    if facts["data"] != now["data"]:
-        changed = [k for k in now["data"] if facts["data"].get(k) != now["data"][k]]
-        what = ", ".join(f"{k} {now['data'][k]} instead of {facts['data'].get(k)}" for k in changed)
+    shared = facts["data"].keys() & now["data"].keys()  # an earlier version knew fewer
+    changed = [k for k in now["data"] if k in shared and facts["data"][k] != now["data"][k]]
+    if changed:
+        what = ", ".join(f"{k} {now['data'][k]} instead of {facts['data'][k]}" for k in changed)
         raise ConfigError(
             f"{origin} was trained on other data: {what}. Give data.name and data.root as they "
             "were, or use another run_dir"
@@ -119,6 +120,8 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
 def run_facts(parts: Parts, data: dict[str, Any], content: str, cpu: str) -> dict[str, Any]:
     """Return the surroundings that decide about bits, and the data's fingerprint and content."""
     ranks = parts.replica.ranks
+    if {"data.image_size", "data.resize"} & set(parts.config.resume_allow):
+        data = {key: value for key, value in data.items() if key != "image_shape"}
     return {
         "data": data,
         CONTENT: content,

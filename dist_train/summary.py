@@ -19,6 +19,7 @@ def make_summary(
     return {
         "state": "finished",
         "dataset": data.name,
+        "image_size": data.image_size,
         "augmentation": data.augmentation,
         "world_size": ranks.world_size,
         "device": device,

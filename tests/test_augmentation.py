@@ -143,15 +143,20 @@ def test_another_word_is_refused(words: str, told: str) -> None:
 
 def test_what_is_done_is_said() -> None:
     data = DataConfig(augment="standard", cutout=8, mixup=0.2)
-    assert described(in_force(data, "x"), in_memory=True) == (
+    done = in_force(data, "x")
+    assert described(done, in_memory=True, resized=False) == (
         "crop of +-4 pixels, flip, cutout of 8, mixup 0.2"
     )
-    assert described(in_force(data, "x"), in_memory=False) == (
+    assert described(done, in_memory=False, resized=False) == (
+        "crop of +-4 pixels, flip, no cutout (it is for images in memory), mixup 0.2"
+    )
+    assert described(done, in_memory=False, resized=True) == (
         "random-resized crop to 224, flip, no cutout (it is for images in memory), mixup 0.2"
     )
     nothing = in_force(DataConfig(name="x:y"), "x:y")
-    assert described(nothing, in_memory=True) == "none"
-    assert described(nothing, in_memory=False) == (
+    assert described(nothing, in_memory=True, resized=False) == "none"
+    assert described(nothing, in_memory=False, resized=False) == "none"
+    assert described(nothing, in_memory=False, resized=True) == (
         "none (resized and centre-cropped to 224 as in evaluation)"
     )
 

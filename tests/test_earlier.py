@@ -75,6 +75,8 @@ OF_OTHERS = [
         "experiment=cifar10_tutorial data.name=image_folder data.root=/d",
         "cifar10_tutorial-4e27a857",
     ),
+    ("data.name=mine:data data.image_size=224", "cifar10_resnet9-956623f9"),
+    ("data.name=mine:data data.image_size=96", "cifar10_resnet9-1ca8d939"),
 ]
 
 

@@ -38,6 +38,7 @@ IN_HASH = {
     "data.val_fraction": 0.2,
     "data.loader": "workers",
     "data.image_size": 64,
+    "data.resize": "always",
     "data.augment": "none",
     "data.crop_padding": 1,
     "data.flip": False,

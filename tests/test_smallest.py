@@ -63,6 +63,7 @@ def test_a_last_step_that_never_comes_is_not_tried() -> None:
         notice=None,
         remarks=(),
         augmentation="",
+        image_size="",
         num_train=217,
         num_val=0,
         num_test=70,

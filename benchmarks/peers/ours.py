@@ -97,6 +97,7 @@ def ours(job: Job) -> dict[str, Tensor]:
             notice=None,
             remarks=(),
             augmentation="none",
+            image_size="",
             num_train=97 * size,
             num_val=0,
             num_test=size,

@@ -1,8 +1,8 @@
-"""What is done to training images: decided here once, from the settings and the source's name.
+"""What is done to images: decided here once, from the settings and the source's name.
 
 The settings of experiments are made for CIFAR-10, and hold for it and the generated images. Other
 data are augmented as far as the user says so: `data.augment` in one word, or settings of its parts
-in the command or the user's own files.
+in the command or the user's own files. Images of one size keep it, unless the user sets another.
 """
 
 import dataclasses
@@ -13,17 +13,22 @@ from dist_train.config.schema import Config, DataConfig
 FULL_NAME = "torchvision.datasets:CIFAR10"
 CIFAR10_OR_STAND_IN = ("auto", "cifar10", "synthetic", FULL_NAME)  # names of data
 PARTS = {"data.crop_padding": "crop", "data.flip": "flip", "data.cutout": "cutout"}
+SIZE = "data.image_size"
+DECIDED_BY = {**dict.fromkeys(PARTS, "data.augment"), SIZE: "data.resize"}
 HINT = "data.augment=standard crops and flips"
 
 
-def with_own_parts(config: Config, own: Collection[str]) -> Config:
-    """Return the settings with those parts of the augmentation named that are the user's own wish.
+def with_own_settings(config: Config, own: Collection[str]) -> Config:
+    """Return the settings with what is the user's own wish named: parts of the augmentation, size.
 
     Args:
         config: of the run, as composed.
         own: dotted keys that the command or a file of the user's own sets.
     """
     data, words = config.data, _words(config.data)
+    if SIZE in own and data.resize == "auto" and not size_asked(data):
+        data = dataclasses.replace(data, resize="needed")
+        config = dataclasses.replace(config, data=data)
     if "auto" not in words or data.name in ("cifar10", "synthetic", FULL_NAME):
         return config
     wanted = [
@@ -33,6 +38,13 @@ def with_own_parts(config: Config, own: Collection[str]) -> Config:
     ]
     augment = ("auto", *wanted) if wanted else "auto"
     return dataclasses.replace(config, data=dataclasses.replace(data, augment=augment))
+
+
+def size_asked(data: DataConfig) -> bool:
+    """Say whether images of one size are brought to image_size, if it is not theirs."""
+    if data.resize == "auto":
+        return data.image_size != DataConfig().image_size
+    return data.resize == "needed"
 
 
 def parts_in_force(data: DataConfig, name: str) -> tuple[str, ...]:
@@ -62,12 +74,18 @@ def in_force(data: DataConfig, name: str) -> DataConfig:
     )
 
 
-def described(data: DataConfig, *, in_memory: bool) -> str:
-    """Say in a few words what settings that are `in_force` do to training images."""
+def described(data: DataConfig, *, in_memory: bool, resized: bool) -> str:
+    """Say in a few words what settings that are `in_force` do to training images.
+
+    Args:
+        data: the settings.
+        in_memory: whether the images are, not opened by workers.
+        resized: whether they are brought to image_size.
+    """
     done = []
-    if in_memory and data.crop_padding:
+    if not resized and data.crop_padding:
         done.append(f"crop of +-{data.crop_padding} pixels")
-    if not in_memory and "crop" in data.augment:
+    if resized and "crop" in data.augment:
         done.append(f"random-resized crop to {data.image_size}")
     if data.flip:
         done.append("alternating flip" if data.flip == "alternating" else "flip")
@@ -78,7 +96,7 @@ def described(data: DataConfig, *, in_memory: bool) -> str:
     if data.randaugment:
         done.append("RandAugment")
     done += [f"{name} {a:g}" for name, a in (("mixup", data.mixup), ("cutmix", data.cutmix)) if a]
-    if not in_memory and "crop" not in data.augment:
+    if resized and "crop" not in data.augment:
         done.append(f"resized and centre-cropped to {data.image_size} as in evaluation")
         return ", ".join(done) if len(done) > 1 else f"none ({done[0]})"
     return ", ".join(done) or "none"

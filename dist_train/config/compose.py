@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dist_train.config.augmentation import with_own_parts
+from dist_train.config.augmentation import DECIDED_BY, with_own_settings
 from dist_train.config.check import check
 from dist_train.config.earlier import filled
 from dist_train.config.layers import (
@@ -121,7 +121,7 @@ def compose(
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     own = {o.key_or_group for o in parsed} | _own_keys(layers, config_dir, main)
-    config = with_own_parts(config, own)
+    config = with_own_settings(config, own)
     check(config)
     learn(config)
     if explain:
@@ -253,11 +253,10 @@ def _refuse_resolvers(values: Any, key: str = "") -> None:
 def _own_keys(layers: list[Layer], config_dir: Path | None, main: dict[str, Any]) -> set[str]:
     """Return the dotted keys that the user's own files set, and not one of those here.
 
-    Of a --config, whose values `main` holds, none where it names data.augment: it is decided there.
+    Of a --config, whose values `main` holds, none whose meaning it names, too: decided there.
     """
     keys = set(_dotted(OmegaConf.create({k: v for k, v in main.items() if k != "defaults"})))
-    if "data.augment" in keys:
-        return set()
+    keys -= {key for key, decided_by in DECIDED_BY.items() if decided_by in keys}
     for layer in layers:
         if config_dir is not None and config_dir in layer.path.parents:
             keys |= {f"{layer.prefix}{key}" for key in _dotted(OmegaConf.load(layer.path))}

@@ -19,7 +19,11 @@ BEGUN_WITHOUT = "begun_without"  # in environment.json: the keys of LATER that t
 LATER: dict[str, Any] = {
     "data.augment": "standard",
     "model.memory_format": "channels_last",
+    "data.resize": "always",
 }
+
+# Values of such settings that follow from older ones of a command.
+FOLLOWING: dict[str, tuple[Any, ...]] = {"data.resize": ("needed",)}
 
 # Settings of bundled experiments that had another value: {experiment: {key: (value, before)}}.
 FORMER_PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -48,7 +52,8 @@ def former_meanings(config: Config, missing: Collection[str]) -> Iterator[Config
     defaults, flat = later_defaults(), flatten(config)
     for key in missing:
         # A list is what older settings of the command add up to.
-        if flat[key] not in (defaults[key], LATER[key]) and not isinstance(flat[key], tuple):
+        known = (defaults[key], LATER[key], *FOLLOWING.get(key, ()))
+        if flat[key] not in known and not isinstance(flat[key], tuple):
             return
     candidates = [with_values(config, {key: LATER[key] for key in missing})]
     for change in FORMER:

@@ -67,7 +67,11 @@ class DataConfig:
     in_memory_gib: float = 4.0  # auto: larger data sets go through DataLoader workers
     cache_dir: str | None = None  # decoded pictures; None: ~/.cache/dist_train
     num_workers: int = 2  # per rank, for loader=workers
-    image_size: int = 224  # for loader=workers: the side of a training crop
+    image_size: int = 224  # side of the images that are resized and cropped
+    # Which images are brought to image_size. auto: all, where they differ in size or an image_size
+    # of your own is set that they do not all have; else none; needed: auto, an image_size of 224
+    # being your own; always: all that go through workers.
+    resize: Literal["auto", "needed", "always"] = "auto"
     # What training images get. auto: CIFAR-10 and generated images what the settings below say, any
     # other data what the command or the user's own files set of them, else nothing; standard: what
     # the settings say (images of many sizes: random-resized crop, and flip); none; or a list of

@@ -7,6 +7,7 @@ import numpy as np
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, cache_root, unseen
 from dist_train.data.folder_scan import PictureFile, scan_folder
+from dist_train.data.image_size import other_size_asked
 from dist_train.data.picture_cache import Verified, verified_pictures
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
@@ -36,33 +37,45 @@ def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
             f"data.loader=memory needs pictures of one size, but {verified.uneven}: "
             "use data.loader=workers, or resize them"
         )
+    pixels = verified.pixels
+    if other_size_asked(config, (verified.height, verified.width)) and config.loader == "auto":
+        pixels = None
     splits = {}
     first_row = 0
     for split, files in (("train", folder.train), ("test", folder.test)):
-        if verified.pixels is None:
-            items = FileItems(folder.root, files)
-            splits[split] = WorkerPictures(items, config, num_classes=len(folder.classes))
+        if pixels is None:
+            splits[split] = WorkerPictures(
+                FileItems(folder.root, files),
+                config,
+                num_classes=len(folder.classes),
+                size=verified.uneven or (verified.height, verified.width),
+            )
         else:
-            rows = verified.pixels[first_row : first_row + len(files)]
+            rows = pixels[first_row : first_row + len(files)]
             splits[split] = Pictures(images=rows, labels=_labels(files))
         first_row += len(files)
     remarks = folder.remarks
-    if verified.pixels is None and config.loader == "auto":
+    if pixels is None and config.loader == "auto":
         remarks += (_why_workers(config, verified, first_row),)
     return Source(name="image_folder", classes=folder.classes, remarks=remarks, **splits)
 
 
 def _why_workers(config: DataConfig, verified: Verified, num: int) -> str:
-    """Say why pictures are opened one by one and brought to another size than their own."""
+    """Say why pictures are opened one by one."""
+    to = f", to data.image_size={config.image_size}"
     if verified.uneven is not None:
         why = f"they differ in size: {verified.uneven}"
         cure = "images of one size are kept in memory as they are"
+    elif verified.pixels is not None:
+        why = f"they are {verified.width}x{verified.height}"
+        cure = "without it they are kept in memory as they are"
     else:
+        to = ""
         gib = num * verified.height * verified.width * 3 / 2**30
         why = f"they take {gib:.3g} GiB of memory, more than data.in_memory_gib"
         why += f"={config.in_memory_gib:g}"
         cure = "data.loader=memory keeps them there as they are"
-    return f"images go through workers, to data.image_size={config.image_size}, as {why}; {cure}"
+    return f"images go through workers{to}, as {why}; {cure}"
 
 
 def _max_bytes(config: DataConfig) -> int:

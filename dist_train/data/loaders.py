@@ -54,6 +54,7 @@ class Data:
     notice: str | None
     remarks: tuple[str, ...]
     augmentation: str  # what is done to training images
+    image_size: str  # of all images, and whether it is their own
     num_train: int
     num_val: int
     num_test: int
@@ -78,6 +79,7 @@ class Data:
             "num_val": self.num_val,
             "num_test": self.num_test,
             "loader": type(self.loader).__name__,
+            "image_shape": "x".join(str(side) for side in self.loader.image_shape),
         }
 
 
@@ -111,7 +113,15 @@ def open_data(config: Config, ranks: Ranks, *, say: Callable[[str], None] | None
             "same files (data.root), and set data.name"
         )
     train, val = split_indices(len(source.train), config.data.val_fraction, config.seed)
-    return ranks.together(lambda: _make(config, source, train, val, ranks))
+    data = ranks.together(lambda: _make(config, source, train, val, ranks))
+    sizes = ranks.gather((data.image_size, data.loader.image_shape))
+    odd = next((rank for rank, size in enumerate(sizes) if size != sizes[0]), None)
+    if odd is not None:
+        raise ConfigError(
+            f"rank {odd} sees other images {sizes[odd]} than rank 0 {sizes[0]}: let an item's size "
+            "depend on its index alone, or set data.image_size"
+        )
+    return data
 
 
 def split_indices(num: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +149,8 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
                 "set data.loader=workers, or data.randaugment=false"
             )
         loader: Loader = MemoryLoader(source.train, pictures, train, settled, ranks.device)
+        height, width = loader.image_shape[1:]
+        image_size, resized = f"{width}x{height}, as they are", False
     else:
         if settled.flip == "alternating":
             raise ConfigError(
@@ -149,12 +161,14 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         assert isinstance(source.test, WorkerPictures)
         parts = {"val": (source.train, val), "test": (source.test, test)}
         loader = WorkerLoader(source.train, parts, train, settled, ranks.device)
+        image_size, resized = loader.image_size, loader.resized
     return Data(
         name=source.name,
         classes=source.classes,
         notice=source.notice,
         remarks=source.remarks,
-        augmentation=described(settled, in_memory=in_memory),
+        augmentation=described(settled, in_memory=in_memory, resized=resized),
+        image_size=image_size,
         num_train=len(train),
         num_val=len(val),
         num_test=len(test),

@@ -10,6 +10,7 @@ from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, unseen
 from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
 from dist_train.data.image_folder import load_image_folder
+from dist_train.data.image_size import other_size_asked
 from dist_train.data.layouts import source_of
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
@@ -52,8 +53,17 @@ def load_source(
     for split, pictures in (("train", source.train), ("test", source.test)):
         if isinstance(pictures, Pictures):
             _check(pictures, f"{source.name} ({split})", num_classes=source.num_classes)
-    if config.loader != "workers":
+    odd = _image_of_another_size(source, config)
+    if odd is not None and config.loader == "memory":
+        raise ConfigError(
+            f"data.image_size={config.image_size}, but {odd}, and data.loader=memory keeps images "
+            "as they are: remove one of the two"
+        )
+    if config.loader != "workers" and odd is None:
         return source
+    remarks = source.remarks
+    if odd is not None and config.loader == "auto":
+        remarks += (f"images go through workers, as data.image_size={config.image_size} and {odd}",)
     settled = in_force(config, source.name)
     return Source(
         name=source.name,
@@ -61,8 +71,18 @@ def load_source(
         train=_through_workers(source.train, settled, num_classes=source.num_classes),
         test=_through_workers(source.test, settled, num_classes=source.num_classes),
         notice=source.notice,
-        remarks=source.remarks,
+        remarks=remarks,
     )
+
+
+def _image_of_another_size(source: Source, config: DataConfig) -> str | None:
+    """Say which images in memory do not have the size that is asked for; None: all have it."""
+    for split, pictures in (("train", source.train), ("test", source.test)):
+        if isinstance(pictures, Pictures):
+            height, width = pictures.images.shape[1:3]
+            if other_size_asked(config, (height, width)):
+                return f"those of {source.name} ({split}) are {width}x{height}"
+    return None
 
 
 def needs_a_first(config: DataConfig) -> bool:
@@ -123,4 +143,6 @@ def _through_workers(
 ) -> WorkerPictures:
     if isinstance(pictures, WorkerPictures):
         return pictures
-    return WorkerPictures(ArrayItems(pictures), config, num_classes=num_classes)
+    height, width = pictures.images.shape[1:3]
+    items = ArrayItems(pictures)
+    return WorkerPictures(items, config, num_classes=num_classes, size=(height, width))

@@ -151,10 +151,7 @@ def _pictures(
         }
         check_kept_labels(train, pair["train"], num_classes=num_classes)
         check_kept_labels(test, pair["test"], num_classes=num_classes)
-        return {**pair}, (
-            f"images go through workers, to data.image_size={config.image_size} (float tensors as "
-            f"they are), because {reason}"
-        )
+        return {**pair}, (f"images go through workers, because {reason}")
     arrays = {name: found for name, found in whole.items() if isinstance(found, Pictures)}
     return {
         **arrays

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from dist_train.data.decode import read_rgb, why_unreadable
 from dist_train.data.folder_scan import PictureFile
 from dist_train.data.pictures import Pictures
 from dist_train.data.user_item import form, image_and_label
+
+Size = tuple[int, int]  # (height, width), pixels
 
 
 class Items(Protocol):
@@ -75,28 +77,57 @@ class ArrayItems:
 class WorkerPictures(Dataset[tuple[Tensor, int]]):
     """Opens, augments or crops one picture for each key (index, seed).
 
-    With a seed the picture is augmented for training; with None it is made for evaluation.
+    With a seed the picture is augmented for training; with None it is made for evaluation. Pictures
+    are brought to image_size, until `keep_size` is called.
     """
 
-    def __init__(self, items: Items, config: DataConfig, *, num_classes: int) -> None:
-        from torchvision.transforms import v2
+    def __init__(
+        self, items: Items, config: DataConfig, *, num_classes: int, size: Size | str | None = None
+    ) -> None:
+        """Take items as they are.
 
+        Args:
+            items: of one split.
+            config: what is `in_force`.
+            num_classes: labels are below it.
+            size: of every picture; a text that names two that differ; None: not known.
+        """
         self.items = items
+        self.size = size
+        self._config = config
         self._num_classes = num_classes
+        self._kept: Size | None = None
         # By whether they are for evaluation: the first image's index, shape and type.
         self._alike: dict[bool, tuple[int, torch.Size, torch.dtype]] = {}
-        size = config.image_size
-        parts = parts_in_force(config, config.name)
-        whole = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        training: list[torch.nn.Module] = [*whole]
-        if "crop" in parts:
-            training = [v2.RandomResizedCrop(size, antialias=True)]
-        if "flip" in parts and config.flip:
-            training.append(v2.RandomHorizontalFlip())
-        if config.randaugment:
-            training.append(v2.RandAugment())
-        self._training = v2.Compose([*training, v2.ToImage()])
-        self._evaluation = v2.Compose([*whole, v2.ToImage()])
+        self._training, self._evaluation = _transforms(config, None)
+
+    def keep_size(self, size: Size) -> None:
+        """Leave pictures at the size that all have; another one is refused when it is met.
+
+        Raises:
+            ConfigError: the crop that is asked for is too wide for them.
+        """
+        padding = self._config.crop_padding
+        if "crop" in parts_in_force(self._config, self._config.name) and padding >= min(size):
+            raise ConfigError(
+                f"data.crop_padding={padding} is too much for images of {shown(size)}: set it to "
+                f"{min(size) - 1} or less, or data.image_size"
+            )
+        self._kept = size
+        self._training, self._evaluation = _transforms(self._config, size)
+
+    def size_of(self, index: int) -> tuple[Size, bool]:
+        """Return one picture's own size, and whether it is a float tensor.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        try:
+            with _seeded(index):
+                image, _ = self._checked(index)
+        except UserCodeError as error:
+            raise ConfigError(str(error)) from error
+        return _size(image), isinstance(image, Tensor) and image.is_floating_point()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -104,8 +135,8 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         """Return the picture (channels, height, width) and its label.
 
-        uint8 of image_size, except that a float tensor of the user's own passes as it is, in
-        float32.
+        uint8 of image_size or of the size that is kept, except that a float tensor of the user's
+        own passes as it is, in float32.
 
         Raises:
             ConfigError: the file is unreadable, or the item is of a wrong form; named.
@@ -123,8 +154,7 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
             raise ConfigError(
                 f"item {index} of the data set is a picture of {image.dtype} and shape "
                 f"{tuple(image.shape)}, item {first} one of {dtype} and shape {tuple(shape)} "
-                "(channels, height, width): make all alike, in a PIL image's mode, too "
-                '(image.convert("RGB"))'
+                f"(channels, height, width): make all alike{_how(image, shape)}"
             )
         return image, label
 
@@ -143,6 +173,12 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         return channels, height, width
 
     def _transformed(self, image: Image.Image | Tensor, index: int, *, training: bool) -> Tensor:
+        if self._kept is not None and _size(image) != self._kept:
+            raise ConfigError(
+                f"item {index} of the data set is a picture of {shown(_size(image))} pixels (width "
+                f"x height), those looked at when the run began are {shown(self._kept)}: "
+                "data.image_size=N brings all to N x N, or make them alike"
+            )
         try:
             made = (self._training if training else self._evaluation)(image)
         except Exception as error:  # of a form that a transform does not take
@@ -161,6 +197,50 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
                 raise
             raise UserCodeError(told(f"{what} cannot be had", error)) from error
         return image_and_label(item, what, num_classes=self._num_classes)
+
+
+def shown(size: Size) -> str:
+    """Return a size as text: width x height."""
+    return f"{size[1]}x{size[0]}"
+
+
+def _size(image: Image.Image | Tensor) -> Size:
+    if isinstance(image, Tensor):
+        return image.shape[-2], image.shape[-1]
+    return image.height, image.width
+
+
+def _how(image: Tensor, other: torch.Size) -> str:
+    """Say how pictures can be made alike that differ in shape or type."""
+    if image.shape[0] != other[0]:
+        return ", in a PIL image's mode, too (image.convert('RGB'))"
+    if image.shape != other:
+        return " (float tensors keep the size that the data set gives them)"
+    return ", uint8 or float"
+
+
+def _transforms(
+    config: DataConfig, kept: Size | None
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Return what makes a training picture and what makes one for evaluation."""
+    from torchvision.transforms import v2
+
+    size = config.image_size
+    parts = parts_in_force(config, config.name)
+    whole: list[torch.nn.Module] = []
+    if kept is None:
+        whole = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    training: list[torch.nn.Module] = [*whole]
+    if "crop" in parts and kept is None:
+        training = [v2.RandomResizedCrop(size, antialias=True)]
+    elif "crop" in parts and kept is not None and config.crop_padding:
+        padded = v2.RandomCrop(list(kept), padding=config.crop_padding, padding_mode="reflect")
+        training = [padded]
+    if "flip" in parts and config.flip:
+        training.append(v2.RandomHorizontalFlip())
+    if config.randaugment:
+        training.append(v2.RandAugment())
+    return v2.Compose([*training, v2.ToImage()]), v2.Compose([*whole, v2.ToImage()])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from dist_train.config import ConfigError, DataConfig
 from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
+from dist_train.data.image_size import settle_size
 from dist_train.data.pictures import check_channels
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.data.worker_exchange import (
@@ -56,12 +57,11 @@ class WorkerLoader:
         self._config = config
         self._device = device
         self._hide_script = True
+        both = {id(pictures): pictures for pictures in (train, *(p for p, _ in splits.values()))}
         if config.num_workers:  # before an item is asked for: it may open what cannot be sent
-            sent = {
-                id(pictures): pictures for pictures in (train, *(p for p, _ in splits.values()))
-            }
-            needs = [check_sendable(p, f"data.name={config.name}") for p in sent.values()]
+            needs = [check_sendable(p, f"data.name={config.name}") for p in both.values()]
             self._hide_script = not any(needs)
+        self.image_size, self.resized = settle_size(list(both.values()), config)
         self.image_shape = train.first(int(train_indices[0]), 0)
         for split, (pictures, indices) in splits.items():
             if len(indices) > 0:

@@ -260,7 +260,7 @@ def test_anything_else_goes_through_workers_both_splits_alike(name: str, why: st
     source = load(name)
     assert isinstance(source.train, WorkerPictures)
     assert isinstance(source.test, WorkerPictures)
-    assert "go through workers, to data.image_size=224" in source.remarks[-1]
+    assert "images go through workers, because " in source.remarks[-1]
     assert why in source.remarks[-1]
     told = refusal(name, loader="memory")
     assert why in told
