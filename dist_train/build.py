@@ -22,6 +22,7 @@ from dist_train.config.user_code import (
 )
 from dist_train.device import arm_multiplies_bf16, multiplies_bf16
 from dist_train.distributed import Ranks
+from dist_train.fitting import what_fits
 from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
@@ -195,7 +196,11 @@ def checked_logits(
                 f"model.compile=true: torch cannot compile {factory}: {told}. Set "
                 "model.compile=false, or mend what it names"
             ) from error
-        raise ConfigError(_refusal_of_images(error, shape, factory)) from error
+        module = getattr(model, "module", model)  # of a replica
+        fits = None
+        if isinstance(module, nn.Module) and len(images) > 1:  # one alone may be what it refuses
+            fits = what_fits(module, shape)
+        raise ConfigError(_refusal_of_images(error, shape, factory, fits)) from error
     try:
         heads = heads_of(output)
     except UnknownOutputError as error:
@@ -218,7 +223,9 @@ def checked_logits(
     return output
 
 
-def _refusal_of_images(error: BaseException, shape: tuple[int, ...], factory: str) -> str:
+def _refusal_of_images(
+    error: BaseException, shape: tuple[int, ...], factory: str, fits: str | None
+) -> str:
     frame = own_frame(error)
     lines = [
         f"model.factory={factory} fails on pictures of shape {shape} (batch, channels, height, "
@@ -226,8 +233,8 @@ def _refusal_of_images(error: BaseException, shape: tuple[int, ...], factory: st
         *([] if frame is None else [place(frame)]),
         "Make the model fit the data (model.args), or the data the model",
     ]
-    if shape[1] == 1:
-        lines[-1] += ": these images are grey, image.convert('RGB') gives them three channels"
+    if fits is not None:
+        lines[-1] += f": {fits}"
     if frame is None:  # one line is enough
         return f"{lines[0]}. {lines[1]}"
     return NEXT_LINE.join(lines)

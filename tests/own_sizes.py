@@ -75,12 +75,27 @@ class UnevenFloats(Floats):
         return 16, 20 + (index == 3)
 
 
-def grey_net(num_classes: int) -> nn.Module:
+def grey_net(num_classes: int, *, channels: int = 1) -> nn.Module:
     """Take images of one channel and of any size."""
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, num_classes),
-    )
+    layers = (nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(4, num_classes))
+
+
+def colour_net(num_classes: int) -> nn.Module:
+    """Take images of three channels."""
+    return grey_net(num_classes, channels=3)
+
+
+def flat_net(num_classes: int) -> nn.Module:
+    """Take grey images of 28 x 28."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, num_classes))
+
+
+def colour_flat_net(num_classes: int) -> nn.Module:
+    """Take images of three channels and 32 x 32."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, num_classes))
+
+
+def failing_net(num_classes: int) -> nn.Module:
+    """Take no images."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(5, num_classes))

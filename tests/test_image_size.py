@@ -256,6 +256,41 @@ def test_an_unfinished_run_of_an_earlier_version_gets_the_size_that_it_had(tmp_p
     assert summary["image_size"].endswith("to 14x14 (data.resize=always)")
 
 
+@pytest.mark.parametrize(
+    ("net", "name", "told"),
+    [
+        (
+            "flat_net",
+            "OneSize",
+            "it takes images of 28x28, these are 20x16: data.image_size=28 brings them to that "
+            "size",
+        ),
+        (
+            "colour_net",
+            "OneSize",
+            "it takes images of 3 channels, these have 1: image.convert('RGB') gives grey images "
+            "three channels",
+        ),
+        (
+            "colour_flat_net",
+            "OneSize",
+            "it takes images of 32x32 and 3 channels, these are 20x16: data.image_size=32 brings "
+            "them to that size, and image.convert('RGB') gives grey images three channels",
+        ),
+        ("failing_net", "OneSize", "Make the model fit the data (model.args), or the data the"),
+    ],
+)
+def test_a_net_that_refuses_images_is_told_what_differs(net: str, name: str, told: str) -> None:
+    words = [*OWN, f"data.name=tests.own_sizes:{name}", f"model.factory=tests.own_sizes:{net}"]
+    with pytest.raises(ConfigError) as raised:
+        describe(compose(words).config)
+    assert told in str(raised.value)
+    assert ("data.image_size" in str(raised.value)) == ("data.image_size" in told)
+    assert ("convert" in str(raised.value)) == ("convert" in told)
+    if "data.image_size" in told and "convert" not in told:
+        describe(compose([*words, "data.image_size=28"]).config)
+
+
 def test_a_continued_run_refuses_images_of_another_size(tmp_path: Path) -> None:
     words = words_of(tmp_path / "run", "model.factory=tests.own_sizes:grey_net")
     run_ranks(trained, 0, [*words, "train.steps=1"])

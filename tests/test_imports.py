@@ -18,6 +18,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("slurm_step",),
     (
         "checkpoint_folder",
+        "fitting",
         "heartbeat",
         "imported_code",
         "interface",
