@@ -61,6 +61,13 @@ class OneOdd(OneSize):
         return (17, 20) if self.first + index == 50 else (16, 20)
 
 
+class Deep(OneSize):
+    """PIL images of 16 bits, of which 12 are used."""
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(self.pixels(index).astype(np.uint16) * 16 + 15), index % 2
+
+
 class Floats(OneSize):
     """Float tensors (1, height, width)."""
 

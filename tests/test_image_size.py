@@ -187,6 +187,23 @@ def test_one_odd_picture_is_named(folder: Path) -> None:
     assert "x.png is 13x12" in data.remarks[-1]
 
 
+def test_it_is_said_once_what_becomes_of_16_bits(folder: Path) -> None:
+    [_, told] = opened("Deep").remarks
+    expected = (
+        " has 16 bits: such images get three equal channels of 8 bits, value // 256, so that 65535 "
+        "is white. Its largest value is 4095, so that only 4 significant bits are left: "
+    )
+    assert told.startswith(f"tests.own_sizes:Deep: item 0{expected}")
+    assert of_folder(folder).remarks == ()
+    whole = np.arange(0, 65536, 457, dtype=np.uint16)[:144].reshape(12, 12)
+    for split in ("train", "test"):
+        for path in folder.glob(f"{split}/b/*.png"):
+            Image.fromarray(whole if split == "train" else whole // 16).save(path)
+    [told] = of_folder(folder).remarks
+    assert f"{folder}/train/b/" in told
+    assert told.endswith("so that 65535 is white"), "all 8 bits are used"
+
+
 @pytest.mark.parametrize(
     ("words", "resize", "asked"),
     [

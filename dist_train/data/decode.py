@@ -53,6 +53,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def largest_of_deep(image: Image.Image) -> int | None:
+    """Return the largest pixel of an image of 16 bits; None: it has not so many. Decodes it."""
+    return int(np.asarray(image).max()) if image.mode.startswith("I;16") else None
+
+
+def deep_remark(what: str, largest: int) -> str:
+    """Say what becomes of images of 16 bits.
+
+    Args:
+        what: the image that was looked at.
+        largest: its largest pixel.
+    """
+    said = (
+        f"{what} has 16 bits: such images get three equal channels of 8 bits, value // 256, so "
+        "that 65535 is white"
+    )
+    bits = (largest >> 8).bit_length()
+    if bits == 8:
+        return said
+    return (
+        f"{said}. Its largest value is {largest}, so that only {bits} significant bits are left: "
+        "a data set of your own can scale them and return float tensors"
+    )
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Decode the picture and turn it as its EXIF orientation says."""
     image.load()

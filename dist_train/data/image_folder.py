@@ -1,13 +1,16 @@
 """A folder of pictures per class: in memory if they are of one size and fit, else by workers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, cache_root, unseen
+from dist_train.data.decode import deep_remark, largest_of_deep
 from dist_train.data.folder_scan import PictureFile, scan_folder
-from dist_train.data.image_size import other_size_asked
+from dist_train.data.image_size import LOOKED_AT, other_size_asked
 from dist_train.data.picture_cache import Verified, verified_pictures
 from dist_train.data.pictures import Pictures
 from dist_train.data.splits import Source
@@ -57,6 +60,7 @@ def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
     remarks = folder.remarks
     if pixels is None and config.loader == "auto":
         remarks += (_why_workers(config, verified, first_row),)
+    remarks += _deep(folder.root, [*folder.train, *folder.test])
     return Source(name="image_folder", classes=folder.classes, remarks=remarks, **splits)
 
 
@@ -76,6 +80,17 @@ def _why_workers(config: DataConfig, verified: Verified, num: int) -> str:
         why += f"={config.in_memory_gib:g}"
         cure = "data.loader=memory keeps them there as they are"
     return f"images go through workers{to}, as {why}; {cure}"
+
+
+def _deep(root: Path, files: Sequence[PictureFile]) -> tuple[str, ...]:
+    """Say what becomes of images of 16 bits, if there are some among a few."""
+    for index in np.unique(np.linspace(0, len(files) - 1, LOOKED_AT, dtype=np.int64)):
+        path = str(root / files[index].path)
+        with Image.open(path) as image:
+            largest = largest_of_deep(image)
+        if largest is not None:
+            return (deep_remark(path, largest),)
+    return ()
 
 
 def _max_bytes(config: DataConfig) -> int:

@@ -14,6 +14,7 @@ from dist_train.config.augmentation import described, in_force
 from dist_train.config.streams import put
 from dist_train.data.batch import Batch
 from dist_train.data.content import content_of
+from dist_train.data.image_size import Settled
 from dist_train.data.memory_loader import MemoryLoader
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source, needs_a_first
@@ -150,7 +151,7 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
             )
         loader: Loader = MemoryLoader(source.train, pictures, train, settled, ranks.device)
         height, width = loader.image_shape[1:]
-        image_size, resized = f"{width}x{height}, as they are", False
+        images = Settled(size=f"{width}x{height}, as they are", resized=False)
     else:
         if settled.flip == "alternating":
             raise ConfigError(
@@ -161,14 +162,14 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         assert isinstance(source.test, WorkerPictures)
         parts = {"val": (source.train, val), "test": (source.test, test)}
         loader = WorkerLoader(source.train, parts, train, settled, ranks.device)
-        image_size, resized = loader.image_size, loader.resized
+        images = loader.settled
     return Data(
         name=source.name,
         classes=source.classes,
         notice=source.notice,
-        remarks=source.remarks,
-        augmentation=described(settled, in_memory=in_memory, resized=resized),
-        image_size=image_size,
+        remarks=source.remarks + images.remarks,
+        augmentation=described(settled, in_memory=in_memory, resized=images.resized),
+        image_size=images.size,
         num_train=len(train),
         num_val=len(val),
         num_test=len(test),

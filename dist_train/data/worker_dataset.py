@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +17,21 @@ from torch.utils.data import Dataset
 from dist_train.config.augmentation import parts_in_force
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.config.user_code import UserCodeError, is_of_machine, told
-from dist_train.data.decode import read_rgb, why_unreadable
+from dist_train.data.decode import largest_of_deep, read_rgb, why_unreadable
 from dist_train.data.folder_scan import PictureFile
 from dist_train.data.pictures import Pictures
 from dist_train.data.user_item import form, image_and_label
 
 Size = tuple[int, int]  # (height, width), pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What a picture is before it is made ready."""
+
+    size: Size
+    is_float: bool  # a float tensor
+    largest: int | None  # pixel, of a PIL image of 16 bits
 
 
 class Items(Protocol):
@@ -116,18 +126,23 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         self._kept = size
         self._training, self._evaluation = _transforms(self._config, size)
 
-    def size_of(self, index: int) -> tuple[Size, bool]:
-        """Return one picture's own size, and whether it is a float tensor.
+    def look_at(self, index: int) -> Look:
+        """Return what one picture is before it is made ready.
 
         Raises:
             ConfigError: it cannot be had.
         """
         try:
             with _seeded(index):
-                image, _ = self._checked(index)
+                item = self._item(index)
+                image, _ = image_and_label(item, _named(index), num_classes=self._num_classes)
         except UserCodeError as error:
             raise ConfigError(str(error)) from error
-        return _size(image), isinstance(image, Tensor) and image.is_floating_point()
+        return Look(
+            size=_size(image),
+            is_float=isinstance(image, Tensor) and image.is_floating_point(),
+            largest=largest_of_deep(item[0]) if isinstance(item[0], Image.Image) else None,
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -189,19 +204,24 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         return made.as_subclass(Tensor)
 
     def _checked(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        what = f"item {index} of the data set"
+        return image_and_label(self._item(index), _named(index), num_classes=self._num_classes)
+
+    def _item(self, index: int) -> Any:
         try:
-            item = self.items[index]
+            return self.items[index]
         except (Exception, SystemExit) as error:
             if isinstance(error, ConfigError) or is_of_machine(error):
                 raise
-            raise UserCodeError(told(f"{what} cannot be had", error)) from error
-        return image_and_label(item, what, num_classes=self._num_classes)
+            raise UserCodeError(told(f"{_named(index)} cannot be had", error)) from error
 
 
 def shown(size: Size) -> str:
     """Return a size as text: width x height."""
     return f"{size[1]}x{size[0]}"
+
+
+def _named(index: int) -> str:
+    return f"item {index} of the data set"
 
 
 def _size(image: Image.Image | Tensor) -> Size:

@@ -61,7 +61,7 @@ class WorkerLoader:
         if config.num_workers:  # before an item is asked for: it may open what cannot be sent
             needs = [check_sendable(p, f"data.name={config.name}") for p in both.values()]
             self._hide_script = not any(needs)
-        self.image_size, self.resized = settle_size(list(both.values()), config)
+        self.settled = settle_size(list(both.values()), config)
         self.image_shape = train.first(int(train_indices[0]), 0)
         for split, (pictures, indices) in splits.items():
             if len(indices) > 0:
