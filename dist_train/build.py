@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,7 +46,8 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     shown = ", ".join(
         f"{k}={v!r}" for k, v in {"num_classes": num_classes, **config.model.args}.items()
     )
-    with user_code(f"model.factory={config.model.factory} called with ({shown}) fails"):
+    call = f"model.factory={config.model.factory} called with ({shown})"
+    with user_code(f"{call} fails"), _told_by_first_rank(ranks):
         model = factory(num_classes=num_classes, **config.model.args)
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -221,6 +223,18 @@ def checked_logits(
                 "number of classes from model.args"
             )
     return output
+
+
+@contextlib.contextmanager
+def _told_by_first_rank(ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 alone print what a library says of its versions to come, the same on all."""
+    if ranks.rank == 0:
+        yield
+        return
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def _refusal_of_images(

@@ -1,8 +1,10 @@
 """What a user's own code raises: told with its line and a fix, and never what a machine did."""
 
+import dataclasses
 import errno
 import sys
 import urllib.error
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ def short(num_classes):
     raise MemoryError("no room")
 def full_disk(num_classes):
     raise OSError(28, "No space left on device")
+def warning(num_classes):
+    import warnings
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.warn("of " + category.__name__, category)
+    return nn.Linear(4, num_classes)
 def lost_device(num_classes):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 """
@@ -93,6 +100,18 @@ def test_what_a_machine_does_is_no_mistake(name: str, module: Path) -> None:
     with pytest.raises((MemoryError, OSError, RuntimeError)) as raised:
         build(f"own_net:{name}")
     assert not isinstance(raised.value, ConfigError)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_library_says_of_its_next_version_is_printed_by_rank_0(
+    rank: int, module: Path
+) -> None:
+    config = small("run", "model.factory=own_net:warning")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        build_model(config, 10, dataclasses.replace(single_process(), rank=rank))
+    everything = ["of FutureWarning", "of DeprecationWarning", "of UserWarning"]
+    assert [str(w.message) for w in told] == everything[2 * rank :]
 
 
 def test_a_lazy_layer_is_named(module: Path) -> None:
