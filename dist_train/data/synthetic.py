@@ -34,6 +34,11 @@ def load_synthetic(config: DataConfig, *, notice: str | None = None) -> Source:
     Raises:
         ConfigError: data.args has another key, or a value that is too small or no whole number.
     """
+    if config.root is not None:
+        raise ConfigError(
+            f"data.root={config.root} would be ignored, as data.name={config.name} generates "
+            "images: remove data.root, or name its data (data=image_folder, data.name=cifar10)"
+        )
     for key, value in config.args.items():
         if key not in SIZES:
             raise ConfigError(

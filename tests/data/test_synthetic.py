@@ -74,3 +74,8 @@ def test_a_linear_model_learns_little() -> None:
 def test_wrong_arguments_are_refused_by_name(args: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load(**args)
+
+
+def test_a_folder_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.root=/mine would be ignored.*remove data.root"):
+        load_source(DataConfig(name="synthetic", root="/mine"))
