@@ -37,7 +37,10 @@ BEFORE_THE_START = {
         "run_dir is empty, as of a variable",
     ),
     "home of nobody": (["data.root=~nobody-here/x"], "there is no home of ~nobody-here"),
-    "argument that is not there": (["~model.args.depth"], "there is none to take out"),
+    "argument that is not there": (
+        ["~model.args.depth"],
+        "takes 'depth' out of model.args, ",
+    ),
     "misspelt group": (["modle=resnet9"], "unknown key 'modle': did you mean model?"),
     "misspelt choice of a group": (["model=resnet99"], "does not exist: did you mean resnet9?"),
     "no such choice of a group": (["optim=lion"], "optim=lion does not exist: choose one of"),

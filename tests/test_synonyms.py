@@ -7,8 +7,12 @@ import pytest
 from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import instead_of, parse
 from dist_train.config.compose import compose
+from dist_train.config.importing import as_import_path, import_callable
+from dist_train.config.schema import DataConfig
 from dist_train.config.synonyms import OPTIONS, SETTINGS
 from dist_train.config.typed import leaves, unknown_key
+from dist_train.config.value_synonyms import VALUES
+from dist_train.data.sources import load_source
 from launch.local import _parse
 
 KEYS = dict(leaves(Config))
@@ -96,6 +100,53 @@ def test_options_of_other_launchers() -> None:
 )
 def test_words_that_are_nearly_settings(word: str, told: str) -> None:
     assert told in refusal(word)
+
+
+@pytest.mark.parametrize(("key", "typed"), [(k, word) for k in VALUES for word in VALUES[k]])
+def test_what_values_are_called_elsewhere(key: str, typed: str) -> None:
+    meant, _, remark = VALUES[key][typed].partition(" ")
+    told = refusal(f"{key}={typed}")
+    assert told.startswith(f"{key}={typed.title() if typed in ('true', 'false') else typed} ")
+    assert told.endswith(f"; did you mean {key}={meant}?" + (f" ({remark})" if remark else ""))
+    compose([f"{key}={meant}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("optim.name=adm", "; did you mean optim.name=adamw?"),
+        ("optim.name=SGD", "; did you mean optim.name=sgd?"),
+        ("precision=fp32x", "; did you mean precision=fp32?"),
+        ("precision=int8", "is not a choice: choose one of auto, fp32, bf16, fp16"),
+        ("~model.args.depth", "takes 'depth' out of model.args, which holds only width: leave"),
+        ("model.args={} ~model.args.width", "which holds nothing at all: leave ~model.args.width"),
+    ],
+)
+def test_values_that_are_nearly_right(word: str, told: str) -> None:
+    assert told in refusal(*word.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("mine.grey", "mine:grey"),
+        ("torchvision.datasets.MNIST", "torchvision.datasets:MNIST"),
+        ("mine.py:grey", "mine:grey"),
+        ("./pkg/mine.py:grey", "pkg.mine:grey"),
+        ("mine", None),
+        ("/data/cats", None),
+        ("mine:", None),
+    ],
+)
+def test_an_import_path_that_is_written_otherwise(typed: str, meant: str | None) -> None:
+    assert as_import_path(typed) == meant
+    for name, use in (
+        ("data.name", lambda: load_source(DataConfig(name=typed))),
+        ("model.factory", lambda: import_callable(typed, "model.factory")),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            use()
+        assert (f"did you mean {name}={meant}?" in str(raised.value)) == (meant is not None)
 
 
 def test_a_table_of_one_word_each() -> None:

@@ -37,10 +37,13 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
     module_name, colon, name = path.partition(":")
     if (
         not colon
+        or module_name.endswith(".py")  # a file
         or not name.isidentifier()
         or not all(part.isidentifier() for part in module_name.split("."))
     ):
-        raise ConfigError(f"{key}={path} must have the form package.module:callable")
+        meant = as_import_path(path)
+        hint = f": did you mean {key}={meant}?" if meant else ""
+        raise ConfigError(f"{key}={path} must have the form package.module:callable{hint}")
     if not {"", str(Path.cwd())} & set(sys.path):
         # In safe mode (a job with a copy of the code) what PYTHONPATH names comes first.
         sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, str(Path.cwd()))
@@ -54,6 +57,16 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
     raise ConfigError(
         f"{key}={path}: {module.__file__ or module_name} has no {name!r}{nearest(name, public)}"
     )
+
+
+def as_import_path(typed: str) -> str | None:
+    """Return the import path that a dotted name, or one with a file's path, means; None: none."""
+    path, colon, name = typed.removeprefix("./").partition(":")
+    path = path.removesuffix(".py").replace("/", ".") if "/" in path or colon else path
+    if not colon:
+        path, _, name = path.rpartition(".")
+    words = [*path.split("."), name]
+    return f"{path}:{name}" if all(word.isidentifier() for word in words) else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

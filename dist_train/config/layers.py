@@ -119,9 +119,10 @@ def put_on_top(raw: dict[str, Any], overrides: list[Override]) -> None:
         elif name in node:
             del node[name]
         else:
+            there = f"only {', '.join(map(str, node))}" if node else "nothing at all"
             raise ConfigError(
-                f"~{key}: there is none to take out; {'.'.join(groups)} has "
-                f"{', '.join(map(str, node)) or 'no entry'}"
+                f"~{key} takes {name!r} out of {'.'.join(groups)}, which holds {there}: leave "
+                f"~{key} away"
             )
 
 

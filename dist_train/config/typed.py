@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.synonyms import option_for, setting_for
+from dist_train.config.value_synonyms import value_for
 
 MOST_SHOWN = 6  # keys of a group
 
@@ -114,14 +115,17 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         assert len(inner) == 1 or len(others) == 1, f"only `X | 'word' | None`: {key}"
         if value in words and others:
             return value
-        if words and others and isinstance(value, str):
-            raise _wrong(key, value, f"{_NAMES.get(others[0], 'a list')} or {' or '.join(words)}")
+        known = isinstance(value, bool) and bool in others
+        if words and others and isinstance(value, str | bool) and not known:
+            wanted = f"{_NAMES.get(others[0], 'a list')} or {' or '.join(words)}"
+            raise _wrong(key, value, wanted + value_for(key, value, words))
         return convert((others or inner)[0], value, key)
     if origin is Literal:
         if value in get_args(hint):
             return value
         choices = ", ".join(str(a) for a in get_args(hint))
-        raise ConfigError(f"{key}={value} is not a choice: choose one of {choices}")
+        hint = value_for(key, value, get_args(hint))
+        raise ConfigError(f"{key}={value} is not a choice: choose one of {choices}{hint}")
     if origin is tuple:
         items = get_args(hint)
         if not isinstance(value, list | tuple):

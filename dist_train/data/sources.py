@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dist_train.config.augmentation import in_force
-from dist_train.config.importing import nearest
+from dist_train.config.importing import as_import_path, nearest
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data.cache import SignOfLife, unseen
 from dist_train.data.cifar10 import UnavailableError, is_unpacked, load_cifar10
@@ -113,9 +113,10 @@ def _load(config: DataConfig, sign: SignOfLife) -> Source:
             return dataclasses.replace(source, remarks=(said, *source.remarks))
         case "synthetic":
             return load_synthetic(config)
+    meant = as_import_path(name)
+    hint = f"; did you mean data.name={meant}?" if meant else nearest(name, NAMES)
     raise ConfigError(
-        f"data.name={name} is none of {', '.join(NAMES)} or package.module:callable"
-        f"{nearest(name, NAMES)}"
+        f"data.name={name} is none of {', '.join(NAMES)} or package.module:callable{hint}"
     )
 
 
