@@ -37,6 +37,11 @@ LONGEST_TMPDIR = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
 LOOK_SEC = 1.0  # between two looks for the rank
 
+# What the server of the workers imports once, and no worker again: importing torch takes longer
+# than a small evaluation, and what is imported before the fork is in memory once. The first name is
+# the default.
+PRELOADED = ("__main__", "torchvision.transforms.v2", "dist_train.data.worker_exchange")
+
 Keys = list[tuple[int, int | None]]
 
 
@@ -115,6 +120,7 @@ class WorkerLoader:
         workers = min(self._config.num_workers, len(keys))  # one without work may start too late
         if workers:
             find_place_for_sockets()
+            multiprocessing.set_forkserver_preload(list(PRELOADED))
         loader = DataLoader(
             InWorker(pictures) if workers else pictures,
             batch_sampler=keys,

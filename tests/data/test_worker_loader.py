@@ -61,6 +61,17 @@ def die_with_a_worker() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def find_torch_imported() -> None:
+    """Let the server of the workers start a process that imports nothing itself."""
+    _worker, batches = one_worker()
+    assert len(list(batches)) == NUM_ITEMS // BATCH - 1
+    look = "import sys; sys.exit(7 if 'torchvision.transforms.v2' in sys.modules else 8)"
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(look,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+
+
 def in_a_process(function: str) -> "subprocess.CompletedProcess[str]":
     # Of its own: one server forks all workers, and they inherit the mask of its signals.
     code = f"from tests.data.test_worker_loader import {function}; {function}()"
@@ -77,6 +88,11 @@ def in_a_process(function: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_a_worker_is_ended_by_its_own_rank_and_by_nobody_else() -> None:
     assert in_a_process("end_by_signals").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_worker_need_not_import_torch_for_each_evaluation() -> None:
+    assert in_a_process("find_torch_imported").returncode == 0
 
 
 @pytest.mark.slow
