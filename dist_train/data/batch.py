@@ -125,7 +125,8 @@ def copied_to(device: torch.device, array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)  # pageable memory would wait
+    # Pageable memory would wait, and what has gaps goes through such.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def _rectangle(centre: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
