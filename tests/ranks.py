@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import io
 import itertools
 import multiprocessing
 import os
@@ -15,10 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["torch", "torch.distributed", "torchvision", "dist_train.train", "tests.nets", "tests.faults"]
-)
+PRELOAD = [
+    *("torch", "torch.distributed", "torchvision"),
+    *("dist_train.train", "tests.nets", "tests.faults"),
+]
+FORKSERVER.set_forkserver_preload(PRELOAD)
 
 FIRST_PORT, NUM_PARTS, PORTS_EACH = 10_000, 40, 500  # Linux's outgoing ones begin at 32,768
 OFFSETS = itertools.cycle(range(1, PORTS_EACH))
@@ -100,6 +105,22 @@ def start_ranks_of(
     return outcomes
 
 
+class _OnHost(pickle.Pickler):
+    """Takes tensors from a GPU, which may not be the receiver's to use."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return value.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def dumped(value: Any) -> bytes:
+    """Return a pickle whose tensors are on the CPU."""
+    file = io.BytesIO()
+    _OnHost(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
 def free_port() -> int:
     """Return a port that nobody else takes before it is used.
 
@@ -146,7 +167,7 @@ def _rank(
     except BaseException as caught:
         error, trace = caught, traceback.format_exc()
     try:
-        message = pickle.dumps((value, error, trace, time.time()))
+        message = dumped((value, error, trace, time.time()))
     except Exception:  # an exception that cannot be pickled: its text is enough
         message = pickle.dumps((None, RuntimeError(repr(error)), trace, time.time()))
     sender.send_bytes(message)

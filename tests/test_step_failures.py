@@ -83,7 +83,7 @@ def follow(config: Config, faults: tuple[StepFault, ...], plan: dict[int, Any]) 
             return forward(parts, part, step=step, bare=bare, **more)
 
         def final(parts: Any, *args: Any) -> Any:
-            kept.update({k: v.clone() for k, v in parts.replica.module.state_dict().items()})
+            kept.update({k: v.cpu().clone() for k, v in parts.replica.module.state_dict().items()})
             params.extend(name for name, _ in parts.replica.module.named_parameters())
             return evaluation(parts, *args)
 
@@ -263,7 +263,7 @@ def _check_records(name: str, faults: tuple[StepFault, ...], run: Path, twin: Pa
         return
     assert set(told[0]["ranks"]) <= {rank for f in faults for rank in f.ranks}, name
     assert all(e["to"] == (e["from"] + 1) // 2 for e in told), name
-    assert all("GiB" in e["memory"] for e in told), name
+    assert all("iB" in e["memory"] for e in told), name
 
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,275 @@
+"""What the kernels of the emulated GPU compute, computed on the CPU in the device's own memory.
+
+Everything of torch but its kernels is the real thing: the CUDA tensors, the caching allocators and
+their errors, streams, events and futures, autograd's thread of the device, DDP's reducer,
+GradScaler. Not emulated are a kernel's own rounding, cuDNN, races between streams, and time.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from tests.emulated_gpu.build import RUNTIME, built
+from tests.emulated_gpu.nccl import Collectives, stands_for_nccl
+
+# Operators that start no kernel: the device's own implementation runs.
+OWN = {
+    "_has_compatible_shallow_copy_type",
+    "_local_scalar_dense",
+    "_pin_memory",
+    "_reshape_alias",
+    "_resize_output_",
+    "dim",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "is_pinned",
+    "is_same_size",
+    "new_empty",
+    "new_empty_strided",
+    "pin_memory",
+    "record_stream",
+    "resize_",
+    "set_",
+    "size",
+    "stride",
+}
+# Operators that take a number as a 0-d tensor of the CPU beside tensors of the device; not these.
+NO_NUMBERS = ("cat", "stack", "_fused", "_foreach_copy", "_amp_")
+# Operators whose result's size the host waits for.
+WAITING = {"nonzero", "masked_select", "_unique2", "equal", "repeat_interleave", "is_nonzero"}
+
+
+class MixedDevicesError(RuntimeError):
+    """A kernel was given tensors of the CPU and of a GPU."""
+
+
+def counted(name: str) -> int:
+    """Return one of the runtime's counters."""
+    return _counter(name).value
+
+
+def allow_pinned(num_bytes: int) -> None:
+    """Let cudaHostAlloc give out no more than so much."""
+    _counter("pinned_most").value = num_bytes
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator["Kernels"]:
+    """Compute with the emulated GPU; gloo stands for NCCL.
+
+    Raises:
+        AssertionError: pinned memory was changed before the device had read it, or a kernel was
+            started that nothing computes.
+    """
+    collectives = Collectives()
+    kernels = Kernels(collectives)
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=False),
+            _without_filling(),
+            stands_for_nccl(collectives),
+            kernels,
+        ):
+            yield kernels
+            torch.cuda.synchronize()
+    except BaseException:
+        _taken("races")
+        _taken("uncomputed")
+        raise
+    races, uncomputed = _taken("races"), _taken("uncomputed")
+    assert races == 0, f"pinned memory was changed {races} times before the device had read it"
+    assert uncomputed == 0, f"{uncomputed} kernels were started that nothing computes"
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor that is the same memory as one of the device."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    held = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
+    base = torch.frombuffer(held, dtype=torch.uint8).untyped_storage()
+    made = torch.empty(0, dtype=tensor.dtype)
+    return made.set_(base, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what a kernel leaves on the device: a new tensor like one of the CPU."""
+    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    if tensor.numel():
+        on_host(made).copy_(tensor)
+    return made
+
+
+class Kernels(TorchDispatchMode):
+    """Computes every operator on tensors of the device, on any thread that torch takes it to."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        super().__init__()
+        self.launches = 0  # of kernels, as far as one operator is one
+        self.hidden: list[
+            str
+        ] = []  # operators that wait, which torch's debug mode tells nothing of
+        self._collectives = collectives
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch would import its compiler for it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        flat = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        device = next((t.device for t in flat if t.is_cuda), None)
+        asked = kwargs.get("device")
+        to_device = asked is not None and torch.device(asked).type == "cuda"
+        if func.namespace != "aten" or (device is None and not to_device):
+            return func(*args, **kwargs)
+        if self._collectives.unfinished and not _is_view(func):
+            self._collectives.finish(flat)
+        if name in OWN:
+            return func(*args, **kwargs)
+        if name == "_to_copy":
+            return self._to_copy(func, args[0], kwargs)
+        if name == "copy_" and args[0].device != args[1].device:
+            later = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            return self._copy(args[0], args[1], later=bool(later))
+        if device is not None and _is_view(func):
+            return func(*args, **kwargs)
+        if device is not None:
+            self._check_devices(name, flat)
+            if name in WAITING or _by_mask(name, args):
+                torch.cuda.current_stream().synchronize()
+                self.hidden.append(name)
+        if to_device:
+            device = torch.device(str(asked))
+        assert device is not None
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return self._compute(func, args, kwargs, device)
+
+    def _compute(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+        """Run the CPU's kernel in the device's memory."""
+        self.launches += 1
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        hosts: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def down(tensor: Tensor) -> Tensor:
+            if not tensor.is_cuda:
+                return tensor
+            if id(tensor) not in hosts:
+                hosts[id(tensor)] = (on_host(tensor), tensor)
+            return hosts[id(tensor)][0]
+
+        out = func(*tree_map_only(Tensor, down, args), **tree_map_only(Tensor, down, kwargs))
+        given = {id(host): tensor for host, tensor in hosts.values()}
+
+        def up(tensor: Tensor) -> Tensor:
+            return given[id(tensor)] if id(tensor) in given else on_device(tensor, device)
+
+        return tree_map_only(Tensor, up, out)
+
+    def _check_devices(self, name: str, flat: list[Tensor]) -> None:
+        others = [t for t in flat if not t.is_cuda]
+        if len({t.device for t in flat if t.is_cuda}) > 1:
+            raise MixedDevicesError(f"{name}: tensors are on {[str(t.device) for t in flat]}")
+        if not any(t.dim() or name.startswith(NO_NUMBERS) for t in others):
+            return
+        if not name.startswith("index"):
+            raise MixedDevicesError(f"{name}: tensors are on {[str(t.device) for t in flat]}")
+        self.hidden.append("an index on the CPU")  # torch takes it to the device, and waits
+
+    def _to_copy(self, func: Any, source: Tensor, kwargs: Any) -> Tensor:
+        device = torch.device(kwargs.get("device") or source.device)
+        dtype, later = kwargs.get("dtype") or source.dtype, bool(kwargs.get("non_blocking"))
+        options = {k: kwargs[k] for k in ("dtype", "memory_format") if kwargs.get(k) is not None}
+        if source.is_cuda and device.type == "cuda":
+            self.launches += 1
+            return on_device(func(on_host(source), **options), source.device)
+        like = func(source.to("meta"), **options)
+        made = torch.empty_strided(
+            like.size(),
+            like.stride(),
+            dtype=dtype,
+            device=device,
+            pin_memory=later and device.type == "cpu",
+        )
+        return self._copy(made, source, later=later)
+
+    def _copy(self, target: Tensor, source: Tensor, *, later: bool) -> Tensor:
+        """Copy between the host and the device, as aten/src/ATen/native/cuda/Copy.cu does.
+
+        One copy of memory where types and strides agree; otherwise one through contiguous memory,
+        whose other half is a kernel of the device (`later`) or of the CPU.
+        """
+        source = source.expand_as(target)
+        same = target.dtype == source.dtype
+        if same and target.stride() == source.stride() and _is_one_block(target):
+            return torch.ops.aten.copy_(target, source, later)
+        if same and target.is_contiguous() and source.is_contiguous():
+            return torch.ops.aten.copy_(target, source, later)
+        # Types are changed where the copy begins if that is the device and nobody waits.
+        first = source.is_cuda == later
+        dtype = target.dtype if first else source.dtype
+        sent = on_host(source) if source.is_cuda else source
+        sent = sent.to(dtype).contiguous()
+        if source.is_cuda:
+            sent = on_device(sent, source.device)
+        plain = target.is_contiguous() and target.dtype == dtype
+        held = target if plain else torch.empty(target.size(), dtype=dtype, device=target.device)
+        torch.ops.aten.copy_(held, sent, later)
+        if held is not target:
+            (on_host(target) if target.is_cuda else target).copy_(
+                on_host(held) if held.is_cuda else held
+            )
+        return target
+
+
+@contextlib.contextmanager
+def _without_filling() -> Iterator[None]:
+    """Let deterministic algorithms leave empty tensors as they are.
+
+    torch starts the kernel that would fill them below its dispatcher.
+    """
+    settings: Any = torch.utils.deterministic  # a module with properties
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
+
+
+def _counter(name: str) -> ctypes.c_long:
+    return ctypes.c_long.in_dll(ctypes.CDLL(str(built() / RUNTIME)), f"emulated_{name}")
+
+
+def _taken(name: str) -> int:
+    """Return a counter, which begins anew."""
+    counter = _counter(name)
+    value, counter.value = counter.value, 0
+    return value
+
+
+def _is_view(func: Any) -> bool:
+    infos = [result.alias_info for result in func._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def _by_mask(name: str, args: Any) -> bool:
+    """Say whether an operator takes elements by a mask, whose ones are counted first."""
+    if not name.startswith("index") or len(args) < 2 or not isinstance(args[1], list | tuple):
+        return False
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _is_one_block(tensor: Tensor) -> bool:
+    wide = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return wide or tensor.is_contiguous()

@@ -1,0 +1,79 @@
+"""What needs a GPU, run without one: the tests of GPUs, and those of the CPU with device=cuda."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_gpu.build import ROOT
+from tests.emulated_gpu.inside import check_inside
+
+HERE = "tests/emulated_gpu"
+# A few cases of each kind; every line is one process, and its start takes seconds.
+SOME = {
+    "what the emulation promises": (f"{HERE}/device.py",),
+    "planted defects": (f"{HERE}/defects.py",),
+    "steps and their waits": (
+        f"{HERE}/step_costs.py",
+        "tests/test_gpu.py",
+        *("-k", "waits_once and (fp16 or mixup) or waits_for and mixing1-bf16 or unbroken_one"),
+    ),
+    "failures in a step": (
+        "tests/test_step_failures.py",
+        *("-k", "short_of_memory_costs or on_one_rank and backward-overlap"),
+    ),
+    "rollback, checkpoints, measuring": (
+        *("tests/test_rollback.py", "tests/test_bench.py", "tests/test_checkpoint.py"),
+        "-k",
+        "divergence_goes_back or other_blocks_do_not or falls_back_to_the_checkpoint",
+    ),
+}
+# Files with tests that train; what they test without training is the same on any device.
+TRAINING = (
+    "test_augmentation",
+    "test_checkpoint",
+    "test_checkpoint_writer",
+    "test_fixed_order",
+    "test_gradients",
+    "test_nonfinite",
+    "test_optim",
+    "test_own_memory",
+    "test_resume",
+    "test_rollback",
+    "test_step_failures",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SOME)
+def test_some_on_an_emulated_gpu(what: str) -> None:
+    check_inside(*SOME[what], "-m", "not exhaustive")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("file", ["tests/test_gpu.py", f"{HERE}/step_costs.py"])
+def test_all_that_needs_a_gpu(file: str) -> None:
+    check_inside(file, num_gpus=2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("file", TRAINING)
+def test_what_trains_on_a_cpu_trains_on_gpus(file: str) -> None:
+    check_inside(f"tests/{file}.py", "-m", "not exhaustive")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("what", ["short_of_memory_anywhere", "while_accumulating", "not_finite"])
+def test_a_failure_anywhere_in_a_step_of_two_gpus(sync: str, what: str) -> None:
+    chosen = f"{what} and 2-{sync} or {what} and {sync}-2"
+    check_inside("tests/test_step_failures.py", "-m", "exhaustive", "-k", chosen)
+
+
+@pytest.mark.slow
+def test_a_test_that_fails_inside_fails_here(tmp_path: Path) -> None:
+    wrong = tmp_path / "test_wrong.py"
+    wrong.write_text(
+        "import torch\n\n\ndef test_wrong():\n    assert torch.ones(2, device='cuda').sum() == 3\n"
+    )
+    with pytest.raises(AssertionError, match="1 failed"):
+        check_inside(str(wrong), f"--rootdir={ROOT}")
