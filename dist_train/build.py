@@ -28,6 +28,7 @@ from dist_train.heartbeat import Phase, Pulse
 from dist_train.memory import is_out_of_memory
 from dist_train.models.activation import checkpoint_activations
 from dist_train.order import seed_of
+from dist_train.own_memory import check_apart
 from dist_train.tasks.outputs import SUPPORTED, Output, UnknownOutputError, heads_of
 
 BACKEND = "inductor"  # of torch.compile
@@ -38,7 +39,8 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     """Call model.factory with num_classes and model.args; weights are a function of the seed.
 
     Raises:
-        ConfigError: the factory cannot be imported, called, or returns no module.
+        ConfigError: the factory cannot be imported, called, or returns no module that can be
+            trained on the device.
     """
     factory = import_callable(config.model.factory, "model.factory")
     _check_call(factory, config, num_classes)
@@ -73,6 +75,8 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
         )
     if config.model.activation_checkpointing:
         checkpoint_activations(model)
+    if ranks.device.type == "cuda":
+        check_apart(model)
     return model.to(ranks.device)
 
 

@@ -66,6 +66,29 @@ def make_dense(module: nn.Module) -> None:
             tensor.data = tensor.detach().clone()
 
 
+def check_apart(module: nn.Module) -> None:
+    """See that nothing is tied by memory alone: on its way to a GPU it would come apart unnoticed.
+
+    A parameter or buffer under several names is one, and stays one.
+
+    Raises:
+        ConfigError: two of them share numbers; names both.
+    """
+    holders: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _named(module):
+        if tensor.layout is not torch.strided:
+            continue
+        others = holders.setdefault(tensor.untyped_storage().data_ptr(), [])
+        for other, theirs in others:
+            if _overlap(tensor, theirs):
+                raise ConfigError(
+                    f"the model's {other!r} and {name!r} share numbers by memory alone, and would "
+                    "be two tensors on a GPU: make them one under two names (b.weight = a.weight), "
+                    "or give each its own (.clone())"
+                )
+        others.append((name, tensor))
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Say whether the tensor's numbers fill a piece of memory, each of them once."""
     if tensor.is_contiguous():

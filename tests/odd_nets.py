@@ -145,7 +145,8 @@ class Cut(nn.Module):
     """A net whose first weights are a part of a wider tensor, as of a pretrained layer.
 
     kind: "slice" leaves gaps, "dense" is the same made dense, "expanded" repeats one row, "tied" is
-    used twice, "shared" are two slices with a part in common, "apart" two without one.
+    used twice, "shared" are two slices with a part in common, "apart" two without one, "same" are
+    two parameters of the same memory.
     """
 
     def __init__(self, num_classes: int, *, kind: str = "slice") -> None:
@@ -160,6 +161,9 @@ class Cut(nn.Module):
             self.second.weight = nn.Parameter(other[kind])
         if kind == "tied":
             self.second.weight = self.first.weight
+        if kind == "same":
+            self.first.weight = nn.Parameter(wide[:, :432].clone())
+            self.second.weight = nn.Parameter(self.first.weight.detach())
         self.register_buffer("shift", torch.zeros(1).expand(16))
 
     def forward(self, x: Tensor) -> Tensor:

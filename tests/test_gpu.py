@@ -189,6 +189,22 @@ def test_two_ranks_on_one_gpu_are_refused(tmp_path: Path) -> None:
     assert all("are both on GPU" in str(o.error) for o in outcomes), outcomes
 
 
+@pytest.mark.parametrize("kind", ["same", "shared"])
+def test_parameters_that_share_memory_would_part_on_a_gpu_and_are_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    net = ("model.factory=tests.odd_nets:Cut", f"model.args.kind={kind}")
+    [outcome] = start_ranks_of(trained, 1, small(tmp_path, *GPU[:1], *net))
+    assert isinstance(outcome.error, ConfigError), outcome
+    assert "'first.weight' and 'second.weight' share numbers" in str(outcome.error)
+
+
+@pytest.mark.parametrize("kind", ["tied", "apart"])
+def test_what_does_not_part_trains(kind: str, tmp_path: Path) -> None:
+    net = ("model.factory=tests.odd_nets:Cut", f"model.args.kind={kind}", "train.steps=2")
+    run_ranks(trained, 1, small(tmp_path, *GPU[:1], *net))
+
+
 def on_first_gpu(config: Config) -> dict[str, Any]:
     import os
 

@@ -32,13 +32,16 @@ TRAINING = (
     "test_augmentation",
     "test_checkpoint",
     "test_checkpoint_writer",
+    "test_evaluate",
     "test_fixed_order",
     "test_gradients",
+    "test_muon",
     "test_nonfinite",
     "test_optim",
     "test_own_memory",
     "test_resume",
     "test_rollback",
+    "test_save_period",
     "test_step_failures",
 )
 
@@ -62,11 +65,17 @@ def test_what_trains_on_a_cpu_trains_on_gpus(file: str) -> None:
 
 
 @pytest.mark.exhaustive
+def test_the_worker_of_a_benchmark_measures_gpus() -> None:
+    ways = "loader_anew or loaded_ahead or ranks_alone or goes_wrong_alone or bare_step or barrier"
+    check_inside("tests/test_bench.py", "-k", ways)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sync", ["flat", "overlap"])
 @pytest.mark.parametrize("what", ["short_of_memory_anywhere", "while_accumulating", "not_finite"])
 def test_a_failure_anywhere_in_a_step_of_two_gpus(sync: str, what: str) -> None:
-    chosen = f"{what} and 2-{sync} or {what} and {sync}-2"
-    check_inside("tests/test_step_failures.py", "-m", "exhaustive", "-k", chosen)
+    chosen = ("-m", "exhaustive", "-k", f"{what} and 2-{sync}")
+    check_inside("tests/test_step_failures.py", *chosen)
 
 
 @pytest.mark.slow
