@@ -101,6 +101,10 @@ def set_determinism(config: Config) -> None:
     else:  # the same without importing the compiler, more than a second of every start
         torch.set_deterministic_debug_mode("error" if exact else "default")
     torch.backends.cudnn.benchmark = not exact
+    # torch would fill every tensor that is made empty, with a kernel more for each of a step's;
+    # nothing here reads one before it is written.
+    settings: Any = torch.utils.deterministic  # a module with properties
+    settings.fill_uninitialized_memory = False
 
 
 def threads_asked(config: Config) -> int | None:

@@ -151,3 +151,15 @@ def test_ranks_on_different_hardware_are_told_and_blamed_before_the_memory(tmp_p
     [back] = [line for line in lines if line["event"] == "rolled_back"]
     assert "an older processor" in back["reason"]
     assert "or memory was damaged" in back["reason"]
+
+
+def made_empty(config: Config) -> tuple[bool, bool]:
+    """Return whether algorithms are deterministic, and fill a tensor that is made empty."""
+    with start_ranks(config):
+        filled = bool(torch.empty(999).isnan().all())
+        return torch.are_deterministic_algorithms_enabled(), filled
+
+
+@pytest.mark.parametrize("how", ["deterministic=true", "train.order=fixed"])
+def test_deterministic_algorithms_do_not_fill_empty_tensors(how: str, tmp_path: Path) -> None:
+    assert run_ranks(made_empty, 0, small(tmp_path, how)) == [(True, False)]
