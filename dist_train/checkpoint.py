@@ -24,6 +24,7 @@ from dist_train.checkpoint_folder import (
     name_of,
 )
 from dist_train.checkpoint_upkeep import sync_folder
+from dist_train.memory import is_out_of_memory
 from dist_train.plain_state import Place, plain
 from dist_train.state_file import outline
 
@@ -33,11 +34,12 @@ PIECE_BYTES = 1 << 20  # written and hashed in turns, while they are in the cach
 class HostBuffers:
     """Copies states into host memory that is kept from one copy to the next.
 
-    On CUDA the memory is pinned. Fresh memory would cost a page fault for every 4 KiB, which is
-    several times what copying costs.
+    On CUDA the memory is pinned, as far as it can be. Fresh memory would cost a page fault for
+    every 4 KiB, which is several times what copying costs.
     """
 
     def __init__(self) -> None:
+        self.not_pinned = ""  # why some of it is not, or not any more
         self._kept: dict[Place, Tensor] = {}
         self._used: set[Place] = set()
         self._on_device = False
@@ -59,7 +61,7 @@ class HostBuffers:
         kept = self._kept.get(place)
         form = (tensor.shape, tensor.dtype, tensor.stride())
         if kept is None or (kept.shape, kept.dtype, kept.stride()) != form:
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            kept = self._room(tensor)
             self._kept[place] = kept
         self._used.add(place)
         self._on_device |= tensor.is_cuda
@@ -68,6 +70,16 @@ class HostBuffers:
         # In one thread: copy_ takes all of them, and waits for each where cores are shared.
         ctypes.memmove(kept.data_ptr(), tensor.data_ptr(), tensor.nbytes)
         return kept
+
+    def _room(self, tensor: Tensor) -> Tensor:
+        if tensor.is_cuda and not self.not_pinned:
+            try:
+                return torch.empty_like(tensor, device="cpu", pin_memory=True)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.not_pinned = str(error).splitlines()[0]
+        return torch.empty_like(tensor, device="cpu")
 
 
 def _is_one_block(tensor: Tensor) -> bool:

@@ -114,7 +114,13 @@ class CheckpointWriter:
             self._owed = True
             return False
         start = time.monotonic()
+        was_pinned = not self._buffers.not_pinned
         copied = self._buffers.copy(state)
+        if was_pinned and self._buffers.not_pinned:
+            self._on_error(
+                f"no more host memory can be pinned ({self._buffers.not_pinned}): saves are copied "
+                "through other memory, and hold training up longer"
+            )
         self._job = _Job(
             state=copied,
             step=step,

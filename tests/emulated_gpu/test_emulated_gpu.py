@@ -11,7 +11,7 @@ HERE = "tests/emulated_gpu"
 # A few cases of each kind; every line is one process, and its start takes seconds.
 SOME = {
     "what the emulation promises": (f"{HERE}/device.py",),
-    "planted defects": (f"{HERE}/defects.py",),
+    "planted defects, scarce memory": (f"{HERE}/defects.py", f"{HERE}/scarce.py"),
     "steps and their waits": (
         f"{HERE}/step_costs.py",
         "tests/test_gpu.py",
