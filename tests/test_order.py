@@ -49,10 +49,10 @@ def batch_digests(config: Config, first_step: int, last_step: int) -> list[list[
         for batch in data.loader.train_batches(sampler, first_step, last_step):
             rows = []
             for row in range(len(batch)):
-                text = batch.images[row].contiguous().numpy().tobytes()
+                text = batch.images[row].contiguous().cpu().numpy().tobytes()
                 text += bytes(str(batch.labels[row].item()), "ascii")
                 if batch.own_weight is not None and batch.partner_labels is not None:
-                    text += batch.own_weight[row].numpy().tobytes()
+                    text += batch.own_weight[row].cpu().numpy().tobytes()
                     text += bytes(str(batch.partner_labels[row].item()), "ascii")
                 rows.append(hashlib.sha256(text).hexdigest()[:16])
             steps.append(rows)
@@ -145,8 +145,8 @@ def test_both_data_paths_take_their_indices_from_the_sampler(loader: str, tmp_pa
             data.num_train, global_batch_size=24, rank=0, world_size=1, seed=config.seed
         )
         source = load_source(config.data).train
-        first = next(iter(data.loader.train_batches(plain, 0, 1))).labels.numpy()
-        second = next(iter(data.loader.train_batches(swapped, 0, 1))).labels.numpy()
+        first = next(iter(data.loader.train_batches(plain, 0, 1))).labels.cpu().numpy()
+        second = next(iter(data.loader.train_batches(swapped, 0, 1))).labels.cpu().numpy()
     if isinstance(source, Pictures):
         everything = source.labels
     else:
