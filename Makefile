@@ -19,7 +19,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 SAME_TORCH := import importlib.metadata as m; print("torch==" + m.version("torch"))
 PYTEST := $(BIN)/python -m pytest -q -n 3
 
-.PHONY: help train test test-exhaustive test-slurm check check-static reliability bench \
+.PHONY: help train test test-exhaustive test-emulated test-slurm check check-static reliability bench \
   bench-peers zoo \
   gpu-check clean
 
@@ -31,10 +31,13 @@ train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to co
 	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU and no cluster, but for the exhaustive ones
-	$(PYTEST) -m "not exhaustive and not slurm"
+	$(PYTEST) -n 4 -m "not exhaustive and not emulated and not slurm" # many wait: more than cores
 
 test-exhaustive: $(STAMP) ## every place of a failure in a step, many restarts, verify-resume: minutes each
 	$(PYTEST) -m exhaustive
+
+test-emulated: $(STAMP) ## what trains on the CPU in the other tests, on GPUs that are emulated
+	$(PYTEST) -m emulated
 
 test-slurm: $(STAMP) ## start a real SLURM cluster here and train on it
 	@if [ "$$(id -u)" = 0 ] && ! PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null; then \
@@ -42,7 +45,7 @@ test-slurm: $(STAMP) ## start a real SLURM cluster here and train on it
 	$(PYTEST) -m slurm
 
 check: check-static ## before every commit: format, lint, types, fast tests
-	$(PYTEST) -m "not slow and not exhaustive and not slurm"
+	$(PYTEST) -m "not slow and not exhaustive and not emulated and not slurm"
 
 check-static: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

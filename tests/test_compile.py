@@ -82,7 +82,7 @@ def test_a_compiled_models_nan_is_traced_to_its_layer_and_sample(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 def test_a_graph_made_late_is_not_taken_for_a_hang(precision: str, tmp_path: Path) -> None:
     # The last batch of the epoch, at step 9, has a shape of its own; so have two in evaluations.
     words = ("model.compile=true", "data.args.num_train=250", "train.drop_last=false")

@@ -110,7 +110,7 @@ def test_a_mapping_is_reset_and_taken_apart() -> None:
         "width": 16,
         "a": {"c": 2},
     }
-    with pytest.raises(ConfigError, match=r"~model\.args\.depth: .* model\.args has width"):
+    with pytest.raises(ConfigError, match=r"model\.args\.depth takes .* holds only width"):
         config(quick, "~model.args.depth")
     with pytest.raises(ConfigError, match=r"cannot be: write optim\.lr=VALUE"):
         config("~optim.lr")

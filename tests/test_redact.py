@@ -145,7 +145,11 @@ def test_print_config_shows_no_secret() -> None:
 
 
 def test_no_file_of_a_run_holds_a_secret_and_it_resumes(tmp_path: Path) -> None:
-    words = [NET, "model.args.api_key=canary-key", "data.root=https://me:canary-url@host/data"]
+    words = [
+        NET,
+        "model.args.api_key=canary-key",
+        "tracking.wandb.project=https://me:canary-url@host/data",
+    ]
     env = {"X_TOKEN": "canary-token"}
     run_ranks(trained, 1, tmp_path, [*words, "train.steps=2"], env)
     run_ranks(trained, 1, tmp_path, [*words, "train.steps=4"], env)

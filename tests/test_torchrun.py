@@ -193,7 +193,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_one_of_two_torchruns_is_killed_and_started_again(rank: int, tmp_path: Path) -> None:
     """Its death is no wish to stop: the other one's ranks are started again, and meet the new."""
     folder, port = tmp_path / "run", free_port()

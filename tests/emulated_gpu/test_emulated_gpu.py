@@ -60,7 +60,7 @@ def test_all_that_needs_a_gpu(file: str) -> None:
     check_inside(file, num_gpus=2)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.emulated
 @pytest.mark.parametrize("file", TRAINING)
 def test_what_trains_on_a_cpu_trains_on_gpus(file: str) -> None:
     check_inside(f"tests/{file}.py", "-m", "not exhaustive", "-k", TRAINING[file])
@@ -72,7 +72,7 @@ def test_the_worker_of_a_benchmark_measures_gpus() -> None:
     check_inside("tests/test_bench.py", "-k", ways)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("what", "sync"),
     [
