@@ -31,7 +31,7 @@ train: $(STAMP) ## run the main job: CIFAR-10 on NPROC ranks; run it again to co
 	$(BIN)/dist-train run --nproc $(NPROC) experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU and no cluster, but for the exhaustive ones
-	$(PYTEST) -n 4 -m "not exhaustive and not emulated and not slurm"
+	$(PYTEST) -m "not exhaustive and not emulated and not slurm"
 
 test-exhaustive: $(STAMP) ## every place of a failure in a step, many restarts, verify-resume: minutes each
 	$(PYTEST) -m exhaustive

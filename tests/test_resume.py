@@ -42,8 +42,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "world_size"),
+    [
+        pytest.param(signal.SIGKILL, 1, id="kill -9-1"),
+        pytest.param(signal.SIGKILL, 2, id="kill -9-2"),
+        pytest.param(signal.SIGKILL, 3, id="kill -9-3", marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM-1"),
+        pytest.param(signal.SIGTERM, 2, id="SIGTERM-2", marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGTERM, 3, id="SIGTERM-3"),
+    ],
+)
 def test_ten_times_stopped_equals_an_unbroken_run(
     world_size: int, number: int, undisturbed: dict[int, dict], tmp_path: Path
 ) -> None:
