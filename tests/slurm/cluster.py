@@ -21,7 +21,7 @@ from typing import Any
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
-START_SEC = 60.0
+START_SEC = 120.0
 # PID 1 of a node: it starts slurmd, and reaps what is left behind.
 NODE = """hostname {node}; mount --bind {hosts} /etc/hosts; slurmd -D -N {node} &
 while :; do wait -n || [ $? != 127 ] || sleep 1; done"""
@@ -123,8 +123,8 @@ class Cluster:
         """Wait until every node is idle."""
         end = time.monotonic() + START_SEC
         while time.monotonic() < end:
-            idle = self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
-            if len(set(idle.split())) == self.num_nodes:
+            states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
+            if states == ["idle"] * self.num_nodes:
                 return
             time.sleep(0.1)
         raise AssertionError(f"nodes not idle:\n{self.state()}")
