@@ -98,10 +98,15 @@ def test_a_graph_made_late_is_not_taken_for_a_hang(precision: str, tmp_path: Pat
 @pytest.mark.exhaustive
 def test_a_compiled_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
     words = ("model.compile=true", "train.micro_batch_size=7", "eval.every_steps=3")
-    words += ("optim.schedule=constant",)
-    [(whole, graphs)] = run_ranks(trained, 1, config_of(tmp_path / "a", *words), "inductor")
-    run_ranks(trained, 1, config_of(tmp_path / "b", *words, "train.steps=4"), "inductor")
-    [(resumed, _)] = run_ranks(trained, 1, config_of(tmp_path / "b", *words), "inductor")
+    words += ("optim.schedule=constant", "parallel.start_timeout_sec=600")  # C++ is compiled
+
+    def trained_on(folder: str, *more: str) -> tuple[dict[str, Any], int]:
+        config = config_of(tmp_path / folder, *words, *more)
+        return run_ranks(trained, 1, config, "inductor", timeout_sec=600)[0]
+
+    whole, graphs = trained_on("a")
+    trained_on("b", "train.steps=4")
+    resumed, _ = trained_on("b")
     assert graphs > 0
     assert resumed["weights_sha256"] == whole["weights_sha256"]
 
