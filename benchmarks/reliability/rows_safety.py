@@ -37,7 +37,8 @@ def x3(trial: Trial) -> float | None:
     path.write_text(text)
     trial.fired = True
     words = [*SMALL, "train.steps=2", f"run_dir={trial.folder / 'run'}"]
-    words = [w for w in words if not w.startswith("experiment=")]
+    # The file's arguments are for its own factory.
+    words = [w for w in words if not w.startswith(("experiment=", "model.factory="))]
     begin = time.monotonic()
     arguments = (trial.folder, ["--config", str(path), *words])
     code, told = run_ranks(told_in_rank, 1, *arguments, {"CANARY": secret}, timeout_sec=12.0)[0]
@@ -84,21 +85,21 @@ def x4(trial: Trial) -> float | None:
         words += [factory, f"model.args.api_key={canary}"]
     elif kind == "configuration file":
         path = trial.folder.parent / f"{trial.folder.name}.yaml"
-        path.write_text(f"model:\n  args:\n    password: {canary}\n")
-        factory = "model.factory=benchmarks.reliability.rows_safety:net_with_key"
-        words = [w for w in words if not w.startswith("experiment=")] + [factory]
+        factory = "benchmarks.reliability.rows_safety:net_with_key"
+        path.write_text(f"model:\n  factory: {factory}\n  args:\n    password: {canary}\n")
+        words = [w for w in words if not w.startswith(("experiment=", "model.factory="))]
         words = ["--config", str(path), *words]
     elif kind == "exception":
         factory = "model.factory=benchmarks.reliability.rows_safety:net_that_tells"
         words += [factory]
         env = {"X_TOKEN": canary}
     else:
-        words += [f"data.root=https://user:{canary}@host/data"]
+        words += [f"tracking.wandb.project=https://user:{canary}@host/data"]
     begin = time.monotonic()
     code, told = run_ranks(told_in_rank, 1, trial.folder, words, env)[0]
     sec = time.monotonic() - begin
     trial.fired = (trial.folder / "run").is_dir()
-    check(code == (1 if kind == "exception" else 0), f"exit code {code}: {told[-300:]}")
+    check(code == (2 if kind == "exception" else 0), f"exit code {code}: {told[-300:]}")
     found = _found(trial.folder / "run", canary)
     check(not found, f"the secret of {kind} is in {', '.join(found)}")
     return sec
