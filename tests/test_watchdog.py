@@ -30,8 +30,6 @@ from tests.test_torchrun import ranks_of, torchrun_with
 
 # Limits of a second: what counts is who is named, and that it takes no collective's timeout.
 QUICK = ("guards.hang_sec=1", "log_every=1", "checkpoint.every_steps=7", "train.steps=200")
-QUICK += ("parallel.step_timeout_sec=120",)
-BEFORE_SEC = 100.0  # a busy machine is late, but a collective's timeout was not it
 STEP = 40  # by then the monitor knows how long a step takes
 CASES = [
     ("stop", "in the forward", "forward"),
@@ -78,7 +76,7 @@ def test_a_rank_that_hangs_is_named_and_killed(
     assert outcomes[rank].exit_code == -signal.SIGKILL
     assert outcomes[1 - rank].exit_code != 0 or outcomes[1 - rank].error is not None
     event, report = the_hang(folder)
-    assert event["time"] - mark.stat().st_mtime < BEFORE_SEC, "not before a collective's timeout"
+    assert event["time"] - mark.stat().st_mtime < 25, "not before a collective's timeout"
     assert event["rank"] == rank
     assert f"rank {rank} on" in event["reason"]
     assert f"hangs: {phase} at step {event['step']}" in event["reason"]
@@ -189,7 +187,7 @@ def test_a_skipped_collective_ends_the_run_with_the_calls_of_both_ranks(tmp_path
     outcomes = start_ranks_of(with_wrong_collective, 2, config, "skip", str(mark))
     assert mark.exists(), "no collective was skipped"
     event, report = the_hang(folder)
-    assert event["time"] - mark.stat().st_mtime < BEFORE_SEC, "not before a collective's timeout"
+    assert event["time"] - mark.stat().st_mtime < 25, "not before a collective's timeout"
     assert event["ranks"] == []
     assert "all ranks wait in collectives: they call different ones" in event["reason"]
     calls = dict(re.findall(r"rank (\d): waits for other ranks in evaluation.*?: (\w+) of", report))
