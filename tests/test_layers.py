@@ -59,6 +59,7 @@ def test_a_users_files_keep_their_own_arguments_only(tmp_path: Path) -> None:
     assert args("model=own") == {"depth": 4}
     assert args("experiment=quickstart", "model=own") == {"depth": 4}
     assert args("experiment=full", "model.factory=other:net") == {}
+    assert args("experiment=wider", "model.factory=other:net") == {"width": 64}
     data = config("data=own", "data.name=other:data", config_dir=tmp_path).data
     assert data.args == {}
 
@@ -69,6 +70,16 @@ def test_a_runs_file_keeps_its_arguments_for_its_own_factory(tmp_path: Path) -> 
     assert config(config_file=path).model.args == {"x": 1}
     assert config("model.args.y=2", config_file=path).model.args == {"x": 1, "y": 2}
     assert config("model.factory=c:d", config_file=path).model.args == {}
+
+
+def test_a_file_that_names_no_factory_gives_its_arguments_to_the_commands(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {steps: 1}\nmodel: {args: {x: 1}}\ndata: {args: {n: 2}}\n")
+    words = ("model.factory=c:d", "data.name=c:e")
+    made = config(*words, config_file=path)
+    assert (made.model.args, made.data.args) == ({"x": 1}, {"n": 2})
+    assert config(*words, "model.args.y=2", config_file=path).model.args == {"x": 1, "y": 2}
+    assert config("model.args={y: 2}", *words, config_file=path).model.args == {"y": 2}
 
 
 def test_an_experiment_of_the_users_own_needs_no_package(tmp_path: Path) -> None:

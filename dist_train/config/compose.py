@@ -28,6 +28,7 @@ from dist_train.config.layers import (
     CALLED,
     MAPPINGS,
     Layer,
+    arguments_for_any,
     keep_own_arguments,
     layers_of,
     put_on_top,
@@ -111,7 +112,8 @@ def compose(
         restore_texts(raw, origins)
         if own_words:
             keep_own_arguments(raw, layers, choices)
-        put_on_top(raw, singles)
+        written = main if config_file is not None else {}
+        put_on_top(raw, singles, arguments_for_any(written, layers, config_dir))
         _refuse_resolvers(raw)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from None

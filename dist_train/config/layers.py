@@ -94,11 +94,42 @@ def keep_own_arguments(raw: dict[str, Any], layers: list[Layer], chosen: dict[st
         raw[owner]["args"] = arguments
 
 
-def put_on_top(raw: dict[str, Any], overrides: list[Override]) -> None:
+def arguments_for_any(
+    config_file: dict[str, Any], layers: list[Layer], config_dir: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Return {"model" | "data": args} that a user's own files give and do not say what for.
+
+    They are for whatever the command names.
+
+    Args:
+        config_file: the settings of --config, empty without.
+        layers: the files of groups, of which those below `config_dir` are the user's.
+        config_dir: the user's own groups.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for owner, selector in CALLED.items():
+        owned = [_of_group(config_file, Layer(group="", path=Path(), prefix=""), owner)]
+        for layer in layers:
+            if config_dir is not None and config_dir in layer.path.parents:
+                values = OmegaConf.to_container(OmegaConf.load(layer.path))
+                owned.append(_of_group(values, layer, owner))
+        found[owner] = {}
+        for own in owned:
+            if selector in own:
+                found[owner] = {}
+            elif isinstance(own.get("args"), dict):
+                found[owner] = merged(found[owner], own["args"])
+    return found
+
+
+def put_on_top(
+    raw: dict[str, Any], overrides: list[Override], for_any: dict[str, dict[str, Any]]
+) -> None:
     """Set the single settings of the command line, in their order.
 
-    Another model.factory or data.name begins without the arguments of the one before; a mapping
-    given whole replaces what was there, and ~model.args.x takes one out.
+    Another model.factory or data.name begins without the arguments of the one before, but for
+    those that belong to none (`for_any`); a mapping given whole replaces what was there, and
+    ~model.args.x takes one out.
 
     Raises:
         ConfigError: there is no such argument to take out.
@@ -106,7 +137,7 @@ def put_on_top(raw: dict[str, Any], overrides: list[Override]) -> None:
     for owner, selector in CALLED.items():
         given = [o.value() for o in overrides if o.key_or_group == f"{owner}.{selector}"]
         if given and given[-1] != raw[owner][selector]:
-            raw[owner]["args"] = {}
+            raw[owner]["args"] = for_any[owner]
     for override in overrides:
         key, value = override.key_or_group, copy.deepcopy(override.value())
         *groups, name = key.split(".")
