@@ -11,6 +11,7 @@ from dist_train.config.augmentation import hint
 from dist_train.config.check import check_world
 from dist_train.config.identity import as_begun, run_dir_of
 from dist_train.data.loaders import open_data
+from dist_train.data.worker_loader import WorkerLoader
 from dist_train.device import threads_asked, threads_of
 from dist_train.distributed import Ranks, single_process
 from dist_train.layout import detect_layout
@@ -64,6 +65,9 @@ def describe(config: Config) -> str:
     memory = estimate_memory(model, data.loader.image_shape, micro, precision, config)
     dropped = data.num_train - plan.steps_per_epoch * plan.global_batch_size
     found_later = "; auto finds what fits when the run starts" if asked == "auto" else ""
+    loading = data.loading
+    if isinstance(data.loader, WorkerLoader) and config.data.num_workers == "auto":
+        loading = "through workers, as many as there are cores and memory for each rank (auto)"
     rows = [
         ("world", f"{world_size} ranks, device {kind}"),
         ("threads", f"{threads_of(threads_asked(config), layout, os.environ)} a rank"),
@@ -73,6 +77,7 @@ def describe(config: Config) -> str:
             f"{data.num_test:,} test, {data.num_classes} classes",
         ),
         ("image size", data.image_size),
+        ("loading", loading),
         ("augmentation", data.augmentation + hint(config.data, data.name)),
         ("global batch", f"{plan.global_batch_size} (at most {last - first} a rank)"),
         ("micro-batch", f"{micro} ({len(pieces)} accumulated)" + found_later),

@@ -1,13 +1,12 @@
 """How much memory a step takes, and how much there is."""
 
-import os
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.cgroups import memory_left_bytes, text_of
 from dist_train.config import Config
 
 # RuntimeErrors that mean that memory is short, from allocators that know no OutOfMemoryError.
@@ -26,13 +25,6 @@ NO_ENGINE = "unable to find an engine"
 ONE_SAMPLE = "Expected more than 1 value per channel"
 LITTLE_LEFT = 0.1  # of the GPU's memory: then it is the second
 SAFETY = 0.9  # of what was found to fit: allocators fragment, pictures differ
-CGROUP_FILES = (  # limit and use, of versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -85,15 +77,11 @@ def estimate_memory(
 
 
 def host_memory_left() -> int:
-    """Return the bytes that this machine, or this container, can still give out (Linux)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    """Return the bytes that this machine, container or SLURM job can still give out (Linux)."""
+    lines = text_of("/proc/meminfo").splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    left = fields["MemAvailable"]
-    for files in CGROUP_FILES:
-        limit, used = (_number(Path(file)) for file in files)
-        if limit is not None:
-            left = min(left, limit - (used or 0))
-    return max(0, left)
+    allowed = memory_left_bytes()
+    return fields["MemAvailable"] if allowed is None else min(fields["MemAvailable"], allowed)
 
 
 def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
@@ -125,12 +113,3 @@ def largest_that_fits(most: int, attempt: Callable[[int], None]) -> int:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return max(1, int(SAFETY * good))
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    value = int(text) if text.isdigit() else None
-    return value if value is not None and value < os.sysconf("SC_PHYS_PAGES") * 4096 * 2 else None

@@ -56,6 +56,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     for remark in data.remarks:
         run.say(remark)
     run.say(f"image size: {data.image_size}")
+    run.say(f"images are loaded {data.loading}")
     run.say(f"augmentation: {data.augmentation}{hint(config.data, data.name)}")
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")

@@ -20,6 +20,7 @@ def make_summary(
         "state": "finished",
         "dataset": data.name,
         "image_size": data.image_size,
+        "loading": data.loading,
         "augmentation": data.augmentation,
         "world_size": ranks.world_size,
         "device": device,

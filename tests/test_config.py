@@ -307,6 +307,13 @@ def test_what_quotes_would_not_mend_is_not_shown_in_quotes(line: str) -> None:
     assert refusal(line).endswith("is no override: write key=value, like optim.lr=0.1")
 
 
+@pytest.mark.parametrize("line", ["model=+0.6\n", "run_dir=a\nb", "run_dir=\x1b[1mbold"])
+def test_a_line_that_cannot_be_shown_as_it_is_has_an_answer_of_one_line(line: str) -> None:
+    said = refusal(line)
+    assert said.isprintable(), repr(said)
+    assert said.endswith("on one line and without control characters")
+
+
 def test_an_installation_and_own_groups_may_be_in_any_folder(tmp_path: Path) -> None:
     home, own = tmp_path / ODD, tmp_path / f"own {ODD}"
     for name in ("dist_train", "configs"):

@@ -161,7 +161,7 @@ def test_a_folder_of_one_size_keeps_it_through_workers_too(folder: Path, words: 
     [(_, batch)] = data.loader.eval_batches("test", 0, 1)
     [path, *_] = sorted((folder / "test" / "a").iterdir())
     plain = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-    expected = workers(data)._on_device(plain[None])[0]
+    expected = workers(data)._normalised(plain[None])[0]
     assert torch.equal(batch.images[0], expected)
 
 

@@ -17,6 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("slurm_step",),
     (
+        "cgroups",
         "checkpoint_folder",
         "fitting",
         "heartbeat",

@@ -56,8 +56,9 @@ class Steps:
         if parts.config.parallel.sync_batchnorm:  # its forward waits for the others
             left_out |= {"alone", "bare"}
         self.ways = [way for way in WAYS if way not in left_out]
-        if beside:
-            self._ahead = PREFETCHED * parts.config.data.num_workers
+        if isinstance(data.loader, WorkerLoader):
+            copied = ranks.device.type == "cuda"  # one more lies on the device
+            self._ahead = PREFETCHED * data.loader.num_workers + copied
         self._unmeasured = 0  # steps to take before the next full block
         self._step = 0  # of all ways together
         lone = replace(ranks, control=None, rank=0, world_size=1)  # it meets nobody

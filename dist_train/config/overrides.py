@@ -34,7 +34,9 @@ def parse_override(line: str) -> Override:
     if parsed is not None and all(map(_is_plain, value)):
         return parsed
     cure = "write key=value, like optim.lr=0.1"
-    if parsed is not None and in_quotes is not None:
+    if any(not character.isprintable() for character in value):
+        cure += ", on one line and without control characters"
+    elif parsed is not None and in_quotes is not None:
         cure += (
             "; text with other characters than the grammar's goes into quotes: "
             f"{shlex.quote(in_quotes)}"

@@ -66,7 +66,7 @@ class DataConfig:
     loader: Literal["auto", "memory", "workers"] = "auto"
     in_memory_gib: float = 4.0  # auto: larger data sets go through DataLoader workers
     cache_dir: str | None = None  # decoded pictures; None: ~/.cache/dist_train
-    num_workers: int = 2  # per rank, for loader=workers
+    num_workers: int | Literal["auto"] = "auto"  # per rank, for loader=workers; auto: a core each
     image_size: int = 224  # side of the images that are resized and cropped
     # Which images are brought to image_size. auto: all, where they differ in size or an image_size
     # of your own is set that they do not all have; else none; needed: auto, an image_size of 224

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dist_train.config import Config, ConfigError
@@ -16,6 +17,7 @@ from dist_train.data.batch import Batch
 from dist_train.data.content import content_of
 from dist_train.data.image_size import Settled
 from dist_train.data.memory_loader import MemoryLoader
+from dist_train.data.num_workers import NodeShare, share_of_node
 from dist_train.data.pictures import Pictures
 from dist_train.data.sources import load_source, needs_a_first
 from dist_train.data.splits import Source
@@ -56,6 +58,7 @@ class Data:
     remarks: tuple[str, ...]
     augmentation: str  # what is done to training images
     image_size: str  # of all images, and whether it is their own
+    loading: str  # in memory, or by how many workers
     num_train: int
     num_val: int
     num_test: int
@@ -114,7 +117,8 @@ def open_data(config: Config, ranks: Ranks, *, say: Callable[[str], None] | None
             "same files (data.root), and set data.name"
         )
     train, val = split_indices(len(source.train), config.data.val_fraction, config.seed)
-    data = ranks.together(lambda: _make(config, source, train, val, ranks))
+    share = share_of_node(ranks, config)
+    data = ranks.together(lambda: _make(config, source, train, val, ranks.device, share))
     sizes = ranks.gather((data.image_size, data.loader.image_shape))
     odd = next((rank for rank, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
@@ -132,7 +136,14 @@ def split_indices(num: int, val_fraction: float, seed: int) -> tuple[np.ndarray,
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ranks: Ranks) -> Data:
+def _make(
+    config: Config,
+    source: Source,
+    train: np.ndarray,
+    val: np.ndarray,
+    device: torch.device,
+    share: NodeShare,
+) -> Data:
     test = np.arange(len(source.test))
     settled = in_force(config.data, source.name)
     in_memory = isinstance(source.train, Pictures) and isinstance(source.test, Pictures)
@@ -149,9 +160,10 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
                 f"data.randaugment=true works on single images, and {source.name} is in memory: "
                 "set data.loader=workers, or data.randaugment=false"
             )
-        loader: Loader = MemoryLoader(source.train, pictures, train, settled, ranks.device)
+        loader: Loader = MemoryLoader(source.train, pictures, train, settled, device)
         height, width = loader.image_shape[1:]
         images = Settled(size=f"{width}x{height}, as they are", resized=False)
+        loading = "in memory"
     else:
         if settled.flip == "alternating":
             raise ConfigError(
@@ -161,8 +173,8 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         assert isinstance(source.train, WorkerPictures)
         assert isinstance(source.test, WorkerPictures)
         parts = {"val": (source.train, val), "test": (source.test, test)}
-        loader = WorkerLoader(source.train, parts, train, settled, ranks.device)
-        images = loader.settled
+        loader = WorkerLoader(source.train, parts, train, settled, device, share)
+        images, loading = loader.settled, f"through {loader.num_workers} workers a rank"
     return Data(
         name=source.name,
         classes=source.classes,
@@ -170,6 +182,7 @@ def _make(config: Config, source: Source, train: np.ndarray, val: np.ndarray, ra
         remarks=source.remarks + images.remarks,
         augmentation=described(settled, in_memory=in_memory, resized=images.resized),
         image_size=images.size,
+        loading=loading,
         num_train=len(train),
         num_val=len(val),
         num_test=len(test),

@@ -187,6 +187,11 @@ class WorkerPictures(Dataset[tuple[Tensor, int]]):
         channels, height, width = image.shape
         return channels, height, width
 
+    def image_bytes(self) -> int:
+        """Return the bytes of a picture as a worker sends it; first() has looked at one."""
+        _, shape, dtype = next(iter(self._alike.values()))
+        return shape.numel() * dtype.itemsize
+
     def _transformed(self, image: Image.Image | Tensor, index: int, *, training: bool) -> Tensor:
         if self._kept is not None and _size(image) != self._kept:
             raise ConfigError(

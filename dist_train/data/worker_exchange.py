@@ -73,17 +73,23 @@ def received(batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
-def check_sendable(pictures: WorkerPictures, name: str) -> bool:
-    """Check that a data set can be sent to a worker; returns whether it needs the user's script.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parcel:
+    """What sending a data set to a worker takes."""
 
-    Arrays and tensors are not copied for it.
+    num_bytes: int  # that each worker gets of its own: all but tensors, which are shared
+    needs_script: bool  # the user's own, which a worker would import
+
+
+def check_sendable(pictures: WorkerPictures, name: str) -> Parcel:
+    """Check that a data set can be sent to a worker. Arrays and tensors are not copied for it.
 
     Raises:
         ConfigError: it cannot be pickled, or a worker would train when it imports the script.
     """
     sink = _Sink()
     try:
-        _Pickler(sink, protocol=5, buffer_callback=lambda _: None).dump(pictures)
+        _Pickler(sink, protocol=5, buffer_callback=sink.pass_by).dump(pictures)
     except Exception as error:
         part = _unpicklable_part(pictures.items)
         inside = "" if part is None else f" (its attribute {part})"
@@ -95,7 +101,7 @@ def check_sendable(pictures: WorkerPictures, name: str) -> bool:
         ) from error
     if sink.needs_script:
         _check_guarded()
-    return sink.needs_script
+    return Parcel(num_bytes=sink.num_bytes, needs_script=sink.needs_script)
 
 
 @contextlib.contextmanager
@@ -120,8 +126,14 @@ class _Sink:
 
     def __init__(self) -> None:
         self.needs_script = False
+        self.num_bytes = 0
+
+    def pass_by(self, buffer: pickle.PickleBuffer) -> None:
+        """Count an array's memory, which nobody has to look through."""
+        self.num_bytes += buffer.raw().nbytes
 
     def write(self, data: Any) -> int:
+        self.num_bytes += len(data)
         if len(data) < 1 << 20:  # larger ones are somebody's bytes, no names
             self.needs_script = self.needs_script or b"__main__" in bytes(data)
         return len(data)

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dist_train.config import ConfigError, DataConfig
+from dist_train.data.ahead import copied_ahead
 from dist_train.data.batch import Batch, Mixing, mix, plan_mixing
 from dist_train.data.image_size import settle_size
+from dist_train.data.num_workers import NodeShare
 from dist_train.data.pictures import check_channels
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.data.worker_exchange import (
@@ -55,6 +57,7 @@ class WorkerLoader:
         train_indices: np.ndarray,
         config: DataConfig,
         device: torch.device,
+        share: NodeShare,
     ) -> None:
         self._train = train
         self._train_indices = train_indices
@@ -63,15 +66,23 @@ class WorkerLoader:
         self._device = device
         self._hide_script = True
         both = {id(pictures): pictures for pictures in (train, *(p for p, _ in splits.values()))}
+        parcels = []
         if config.num_workers:  # before an item is asked for: it may open what cannot be sent
-            needs = [check_sendable(p, f"data.name={config.name}") for p in both.values()]
-            self._hide_script = not any(needs)
+            parcels = [check_sendable(p, f"data.name={config.name}") for p in both.values()]
+            self._hide_script = not any(parcel.needs_script for parcel in parcels)
         self.settled = settle_size(list(both.values()), config)
         self.image_shape = train.first(int(train_indices[0]), 0)
         for split, (pictures, indices) in splits.items():
             if len(indices) > 0:
                 shape = pictures.first(int(indices[0]), None)
                 _check_same_channels(split, shape[0], self.image_shape[0])
+        if config.num_workers == "auto":
+            largest = max(parcel.num_bytes for parcel in parcels)
+            self.num_workers = share.num_workers(
+                data_set_bytes=largest, image_bytes=train.image_bytes()
+            )
+        else:
+            self.num_workers = config.num_workers
         self._mean, self._std = _statistics(config, self.image_shape[0], device)
 
     def train_batches(
@@ -81,7 +92,7 @@ class WorkerLoader:
         plan = _StepKeys(sampler, self._train_indices, self._config, first_step, last_step)
         for step, (images, labels) in enumerate(self._load(self._train, plan), first_step):
             share, mixing = plan.step(step)
-            images, labels = self._on_device(images), labels.to(self._device, non_blocking=True)
+            images = self._normalised(images)
             if mixing is not None:
                 yield mix(images, labels, mixing, share)
                 continue
@@ -96,7 +107,7 @@ class WorkerLoader:
         """Return up to `count` training pictures, evenly spaced, as a network gets them."""
         spaced = self._train_indices[:: max(1, -(-len(self._train_indices) // count))]
         pictures = [self._train[(int(index), None)][0] for index in spaced]
-        return self._on_device(torch.stack(pictures))
+        return self._normalised(torch.stack(pictures).to(self._device))
 
     def num_eval_batches(self, split: str) -> int:
         """Return how many batches a split is cut into."""
@@ -111,13 +122,13 @@ class WorkerLoader:
             [(int(i), None) for i in indices[n * size : (n + 1) * size]] for n in numbers
         ]
         for number, (images, labels) in zip(numbers, self._load(pictures, keys), strict=True):
-            labels = labels.to(self._device, non_blocking=True)
-            yield number, Batch(images=self._on_device(images), labels=labels)
+            yield number, Batch(images=self._normalised(images), labels=labels)
 
     def _load(
         self, pictures: WorkerPictures, keys: "_StepKeys | list[Keys]"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        workers = min(self._config.num_workers, len(keys))  # one without work may start too late
+        """Return batches of images and labels on the device."""
+        workers = min(self.num_workers, len(keys))  # one without work may start too late
         if workers:
             find_place_for_sockets()
             multiprocessing.set_forkserver_preload(list(PRELOADED))
@@ -136,11 +147,11 @@ class WorkerLoader:
         with blocked():
             resource_tracker.ensure_running()  # it unblocks two of the signals again
             with blocked(), script_hidden(hide=self._hide_script and workers > 0):
-                return received(iter(loader))
+                batches = received(iter(loader))
+        return copied_ahead(batches, self._device) if self._device.type == "cuda" else batches
 
-    def _on_device(self, images: Tensor) -> Tensor:
+    def _normalised(self, images: Tensor) -> Tensor:
         """(n, c, h, w) uint8 -> normalised float32; float pictures are taken as they are."""
-        images = images.to(self._device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = (images.float() - self._mean) / self._std
         return images

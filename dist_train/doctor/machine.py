@@ -1,6 +1,5 @@
 """What a rank sees of its machine: software, cores, memory, limits. Imports no torch."""
 
-import functools
 import hashlib
 import os
 import platform
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dist_train
+from dist_train.cgroups import cgroup_folders, memory_limit_bytes, quota_cores, text_of
 from dist_train.layout import Layout
 
-CGROUPS = Path("/sys/fs/cgroup")
 # Variables that say how ranks, cores, GPUs and networks were dealt out; no others are read.
 TOLD = re.compile(
     r"(SLURM_(STEP_GPUS|JOB_GPUS|GPUS_ON_NODE|GPUS_PER_TASK|GPU_BIND|CPUS_PER_TASK|NTASKS_PER_NODE|"
@@ -60,7 +59,7 @@ def look(layout: Layout, env: Mapping[str, str]) -> Machine:
     """Read what this machine says of itself (Linux)."""
     host = socket.gethostname()
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    limit = _least([_memory_limit(path) for path in _cgroup_folders("memory")])
+    limit = memory_limit_bytes()
     return Machine(
         rank=layout.rank,
         local_rank=layout.local_rank,
@@ -75,8 +74,8 @@ def look(layout: Layout, env: Mapping[str, str]) -> Machine:
         cores=sorted(os.sched_getaffinity(0)),
         num_cores=os.cpu_count() or 1,
         numa_nodes=_numa_nodes(),
-        quota_cores=_least([_quota(path) for path in _cgroup_folders("cpu")]),
-        memory_limit_bytes=int(limit) if limit is not None else None,
+        quota_cores=quota_cores(),
+        memory_limit_bytes=limit,
         memory_left_bytes=_memory_left(limit),
         load=os.getloadavg()[0],
         limits={name: resource.getrlimit(number)[0] for name, number in LIMITS.items()},
@@ -93,66 +92,31 @@ def megahertz(cores: list[int]) -> tuple[float, float]:
 
     Virtual machines often tell neither.
     """
-    now = [float(v) for v in re.findall(r"^cpu MHz\s*: ([\d.]+)", _text("/proc/cpuinfo"), re.M)]
+    now = [float(v) for v in re.findall(r"^cpu MHz\s*: ([\d.]+)", text_of("/proc/cpuinfo"), re.M)]
     folder = "/sys/devices/system/cpu/cpu{}/cpufreq/cpuinfo_max_freq"
-    most = [_text(folder.format(core)).strip() for core in cores]
+    most = [text_of(folder.format(core)).strip() for core in cores]
     mine = [now[core] for core in cores if core < len(now)]
     return max(mine, default=0.0), max((int(k) / 1000 for k in most if k.isdigit()), default=0.0)
 
 
 def throttled() -> tuple[int, int]:
     """Return in how many periods the cgroup's quota ran out, and how many there were."""
-    for folder in _cgroup_folders("cpu"):
-        found = dict(re.findall(r"^(nr_\w+) (\d+)", _text(folder / "cpu.stat"), re.M))
+    for folder in cgroup_folders("cpu"):
+        found = dict(re.findall(r"^(nr_\w+) (\d+)", text_of(folder / "cpu.stat"), re.M))
         if int(found.get("nr_periods", 0)):
             return int(found.get("nr_throttled", 0)), int(found["nr_periods"])
     return 0, 0
 
 
-@functools.cache
-def _cgroup_folders(controller: str) -> list[Path]:
-    """Return this process's folder of a controller and those above it, of versions 1 and 2."""
-    folders = []
-    for line in _text("/proc/self/cgroup").splitlines():
-        _, names, place = line.split(":", 2)
-        tops = [CGROUPS, CGROUPS / "unified"] if names == "" else [CGROUPS / names]
-        if names == "" or controller in names.split(","):
-            parts = Path(place.lstrip("/"))
-            # Inside a container the upper part of the place is not mounted.
-            folders += [top / part for top in tops for part in (parts, *parts.parents)]
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-
-
-def _quota(folder: Path) -> float | None:
-    """Return a cgroup's quota of cores."""
-    words = _text(folder / "cpu.max").split()  # version 2
-    words = words or [
-        _text(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
-    ]  # version 1; -1: none
-    if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
-        return int(words[0]) / int(words[1])
-    return None
-
-
-def _memory_limit(folder: Path) -> float | None:
-    text = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
-    value = int(text) if text.strip().isdigit() else None
-    return value if value is not None and value < 1 << 60 else None  # version 1's "no limit"
-
-
-def _memory_left(limit: float | None) -> int:
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.M)
+def _memory_left(limit: int | None) -> int:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text_of("/proc/meminfo"), re.M)
     left = int(found[1]) * 1024 if found else 0
-    return int(min(left, limit)) if limit is not None else left
-
-
-def _least(values: list[float | None]) -> float | None:
-    return min((value for value in values if value is not None), default=None)
+    return min(left, limit) if limit is not None else left
 
 
 def _numa_nodes() -> list[list[int]]:
     nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
-    found = [cores_in(_text(path)) for path in nodes]
+    found = [cores_in(text_of(path)) for path in nodes]
     return [cores for cores in found if cores]
 
 
@@ -165,19 +129,19 @@ def cores_in(text: str) -> list[int]:
 def _infiniband() -> list[str]:
     ports = sorted(Path("/sys/class/infiniband").glob("*/ports/*"))
     return [
-        f"{port.parts[-3]}/{port.name}: {_text(port / 'state').split(':')[-1].strip()}, "
-        f"{_text(port / 'rate').strip()}"
+        f"{port.parts[-3]}/{port.name}: {text_of(port / 'state').split(':')[-1].strip()}, "
+        f"{text_of(port / 'rate').strip()}"
         for port in ports
     ]
 
 
 def _driver() -> str:
-    found = re.search(r"Kernel Module\D*?([\d.]+)", _text("/proc/driver/nvidia/version"))
+    found = re.search(r"Kernel Module\D*?([\d.]+)", text_of("/proc/driver/nvidia/version"))
     return found[1] if found else ""
 
 
 def _cpu_field(name: str) -> str:
-    found = re.search(rf"^{name}\s*: (.*)$", _text("/proc/cpuinfo"), re.M)
+    found = re.search(rf"^{name}\s*: (.*)$", text_of("/proc/cpuinfo"), re.M)
     return found[1].strip() if found else ""
 
 
@@ -186,11 +150,3 @@ def _source_sha256(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _text(path: str | Path) -> str:
-    """Return a small file of the kernel; "" where there is none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -16,6 +16,7 @@ from dist_train.config.user_code import UserCodeError
 from dist_train.data.worker_dataset import WorkerPictures
 from dist_train.data.worker_exchange import InWorker, Trouble, check_sendable, collate, received
 from dist_train.data.worker_loader import GREY_MEAN, GREY_STD, IMAGENET_MEAN, WorkerLoader
+from tests.data.test_num_workers import SHARE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ def loader(form: str, test_form: str | None = None, **settings: Any) -> WorkerLo
     config = DataConfig(image_size=8, num_workers=0, **settings)
     train, test = pictures(form), pictures(test_form or form)
     every = np.arange(6)
-    return WorkerLoader(train, {"test": (test, every)}, every, config, torch.device("cpu"))
+    return WorkerLoader(train, {"test": (test, every)}, every, config, torch.device("cpu"), SHARE)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_an_error_comes_back_as_what_it_was(
 
 def test_what_cannot_be_sent_is_named(tmp_path: Path) -> None:
     made = pictures()
-    assert not check_sendable(made, "data.name=own:data")
+    parcel = check_sendable(made, "data.name=own:data")
+    assert not parcel.needs_script
     with (tmp_path / "file").open("w") as file:
         made.items.extra = file  # pyright: ignore[reportAttributeAccessIssue] # of this test's class
         with pytest.raises(ConfigError) as raised:

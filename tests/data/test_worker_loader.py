@@ -17,6 +17,7 @@ import torch
 
 from dist_train.config.schema import DataConfig
 from dist_train.data.worker_loader import WorkerLoader
+from tests.data.test_num_workers import SHARE
 from tests.data.test_worker_dataset import Items, dataset
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def one_worker() -> tuple[BaseProcess, Iterator[Any]]:
     pictures, all_of_them = dataset(Items()), np.arange(NUM_ITEMS)
     config = DataConfig(loader="workers", num_workers=1, eval_batch_size=BATCH)
     splits = {"test": (pictures, all_of_them)}
-    loader = WorkerLoader(pictures, splits, all_of_them, config, torch.device("cpu"))
+    loader = WorkerLoader(pictures, splits, all_of_them, config, torch.device("cpu"), SHARE)
     before = set(multiprocessing.active_children())
     batches = loader.eval_batches("test", 0, 1)
     next(batches)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from tests.emulated_gpu.arrivals import Arrivals
 from tests.emulated_gpu.build import RUNTIME, built
 from tests.emulated_gpu.nccl import Collectives, stands_for_nccl
 
@@ -65,8 +66,8 @@ def emulated() -> Iterator["Kernels"]:
     """Compute with the emulated GPU; gloo stands for NCCL.
 
     Raises:
-        AssertionError: pinned memory was changed before the device had read it, or a kernel was
-            started that nothing computes.
+        AssertionError: pinned memory was changed before the device had read it, a kernel did not
+            come after the copy on another stream of what it reads, or nothing computes it.
     """
     collectives = Collectives()
     kernels = Kernels(collectives)
@@ -84,6 +85,8 @@ def emulated() -> Iterator["Kernels"]:
         _taken("uncomputed")
         raise
     races, uncomputed = _taken("races"), _taken("uncomputed")
+    early = kernels.arrivals.early
+    assert early == 0, f"memory was used {early} times before its copy was waited for"
     assert races == 0, f"pinned memory was changed {races} times before the device had read it"
     assert uncomputed == 0, f"{uncomputed} kernels were started that nothing computes"
 
@@ -116,6 +119,7 @@ class Kernels(TorchDispatchMode):
         self.hidden: list[
             str
         ] = []  # operators that wait, which torch's debug mode tells nothing of
+        self.arrivals = Arrivals()
         self._collectives = collectives
 
     @classmethod
@@ -144,6 +148,7 @@ class Kernels(TorchDispatchMode):
             return func(*args, **kwargs)
         if device is not None:
             self._check_devices(name, flat)
+            self.arrivals.check(flat)
             if name in WAITING or _by_mask(name, args):
                 torch.cuda.current_stream().synchronize()
                 self.hidden.append(name)
@@ -209,12 +214,19 @@ class Kernels(TorchDispatchMode):
         One copy of memory where types and strides agree; otherwise one through contiguous memory,
         whose other half is a kernel of the device (`later`) or of the CPU.
         """
-        source = source.expand_as(target)
+        self._send(target, source.expand_as(target), later=later)
+        if target.is_cuda:
+            self.arrivals.note(target)
+        return target
+
+    def _send(self, target: Tensor, source: Tensor, *, later: bool) -> None:
         same = target.dtype == source.dtype
         if same and target.stride() == source.stride() and _is_one_block(target):
-            return torch.ops.aten.copy_(target, source, later)
+            torch.ops.aten.copy_(target, source, later)
+            return
         if same and target.is_contiguous() and source.is_contiguous():
-            return torch.ops.aten.copy_(target, source, later)
+            torch.ops.aten.copy_(target, source, later)
+            return
         # Types are changed where the copy begins if that is the device and nobody waits.
         first = source.is_cuda == later
         dtype = target.dtype if first else source.dtype
@@ -229,7 +241,6 @@ class Kernels(TorchDispatchMode):
             (on_host(target) if target.is_cuda else target).copy_(
                 on_host(held) if held.is_cuda else held
             )
-        return target
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ HERE = "tests/emulated_gpu"
 # A few cases of each kind; every line is one process, and its start takes seconds.
 SOME = {
     "what the emulation promises": (f"{HERE}/device.py",),
-    "planted defects, scarce memory": (f"{HERE}/defects.py", f"{HERE}/scarce.py"),
+    "planted defects, scarce memory, copying ahead": (
+        *(f"{HERE}/defects.py", f"{HERE}/scarce.py", f"{HERE}/copying_ahead.py"),
+    ),
     "steps and their waits": (
         f"{HERE}/step_costs.py",
         "tests/test_gpu.py",

@@ -73,6 +73,21 @@ void begin_late(int stream, int to_host, void *host, const void *data, size_t si
   else first[stream] = copy;
   last[stream] = copy;
 }
+// For what computes: where a stream is, and whether another one goes on behind such a point.
+PUBLIC long emulated_position(cudaStream_t stream) {
+  pthread_mutex_lock(&lock);
+  int number = number_of(stream);
+  long at = known[number][number];
+  pthread_mutex_unlock(&lock);
+  return at;
+}
+PUBLIC int emulated_is_behind(cudaStream_t stream, cudaStream_t other, long at) {
+  pthread_mutex_lock(&lock);
+  int number = number_of(other);
+  int is_behind = known[number_of(stream)][number] >= at || done[number] >= at;
+  pthread_mutex_unlock(&lock);
+  return is_behind;
+}
 void wait_for_stream(int stream) { reach_all_of(known[stream]); }
 void wait_for_all(void) {
   for (int s = 0; s < num_streams; s++) reach(s, known[s][s]);
