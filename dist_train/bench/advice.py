@@ -74,7 +74,7 @@ def _data(result: dict[str, Any], sec: float) -> str:
     else:
         cure = (
             "for pictures that fit into memory set data.loader=memory, else raise "
-            "data.num_workers (auto: one for each of a rank's cores), or store the pictures smaller."
+            "data.num_workers (auto: one a core of the rank's), or store the pictures smaller."
         )
     return f"Steps wait {_ms(sec)} for their batch: {cure}"
 
