@@ -68,8 +68,11 @@ zoo: $(STAMP) .venv-zoo/.installed ## train, stop and continue the networks of t
 	failed=0; PYTHONPATH=.venv-zoo $(BIN)/python -m benchmarks.zoo run $(ARGS) || failed=$$?; \
 	  $(BIN)/python -m benchmarks.zoo table --write; exit $$failed
 
-gpu-check: $(STAMP) ## on a GPU machine: run everything that needs one GPU, write one JSON
-	$(BIN)/python benchmarks/gpu_check.py
+gpu-check: ## on a GPU machine: a page of what it passes and reaches (PYTHON= an environment with torch)
+	@python=; \
+	if [ "$(origin PYTHON)" != file ] && $(PYTHON) -c 'import torch, hydra' 2>/dev/null; \
+	then python=$(PYTHON); else $(MAKE) $(STAMP); python=$(BIN)/python; fi; \
+	"$$python" -m benchmarks.gpu_check $(ARGS)
 
 clean: ## delete the environment, caches and build products; runs/ stays
 	rm -rf .venv .venv-peers .venv-zoo build dist *.egg-info .pytest_cache .ruff_cache

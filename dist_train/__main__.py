@@ -24,7 +24,13 @@ def main() -> int:
 def _main() -> int:
     from dist_train.chain_status import ended_for_good
     from dist_train.config import ConfigError
-    from dist_train.config.arguments import let_another_speak, parse, refuse, stop_with_parent
+    from dist_train.config.arguments import (
+        let_another_speak,
+        parse,
+        print_error,
+        refuse,
+        stop_with_parent,
+    )
     from dist_train.config.redact import redact
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -47,6 +53,7 @@ def _main() -> int:
     from dist_train.endings import LauncherDiedError
     from dist_train.launch_store import StoppedBeforeStartError
     from dist_train.recovery import StepFailedError
+    from dist_train.saves import SaveFailedError
     from dist_train.torchrun_store import tell_next_round
     from dist_train.train import train
 
@@ -79,6 +86,8 @@ def _main() -> int:
                 sys.stderr.write(redact(f"{trace}{cause}\n"))
             else:
                 let_another_speak(_asked)
+        elif isinstance(cause, SaveFailedError):
+            print_error(str(cause))
         elif code == 1 or repeated:
             sys.stderr.write(redact("".join(traceback.format_exception(cause))))
         if code == 1:

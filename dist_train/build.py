@@ -80,6 +80,13 @@ def build_model(config: Config, num_classes: int, ranks: Ranks) -> nn.Module:
     return model.to(ranks.device)
 
 
+def model_in_words(model: nn.Module, config: Config) -> str:
+    """Return what is trained: the factory, its arguments, and how many parameters there are."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in config.model.args.items())
+    num = sum(p.numel() for p in model.parameters())
+    return f"{config.model.factory}({arguments}), {num:,} parameters"
+
+
 def _check_call(factory: Callable[..., Any], config: Config, num_classes: int) -> None:
     """Raise ConfigError if the factory's signature does not take what it is given."""
     try:

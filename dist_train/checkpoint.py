@@ -123,7 +123,7 @@ def check_free(folder: Path, num_bytes: int) -> None:
     """Raise OSError if the disk has no room for `num_bytes`, before any of them is written."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        text = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.1f} of {num_bytes / 2**20:.1f} MiB"
+        text = f"{os.strerror(errno.ENOSPC)}: {free:,} of {num_bytes:,} bytes are free"
         raise OSError(errno.ENOSPC, text, str(folder))
 
 

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from dist_train.build import build_model, checked_logits, precision_in_force
+from dist_train.build import build_model, checked_logits, model_in_words, precision_in_force
 from dist_train.checkpoint_folder import list_checkpoints
 from dist_train.config import Config
 from dist_train.config.augmentation import hint
@@ -76,6 +76,7 @@ def describe(config: Config) -> str:
             f"{data.name}: {data.num_train:,} train, {data.num_val:,} val, "
             f"{data.num_test:,} test, {data.num_classes} classes",
         ),
+        ("model", model_in_words(model, config)),
         ("image size", data.image_size),
         ("loading", loading),
         ("augmentation", data.augmentation + hint(config.data, data.name)),

@@ -35,7 +35,8 @@ def what_fits(model: nn.Module, shape: tuple[int, ...]) -> str | None:
                 also = "" if count == channels else f", and {ADVICE[count]}"
                 return (
                     f"it takes images of {side}x{side}{has}, these are {width}x{height}: "
-                    f"data.image_size={side} brings them to that size{also}"
+                    f"data.image_size={side} brings them to that size (float tensors: your data "
+                    f"set has to){also}"
                 )
     return None
 

@@ -59,7 +59,7 @@ def make_plan(config: Config, num_train: int, *, world_size: int) -> Plan:
     if per_epoch == 0:
         raise ConfigError(
             f"train.global_batch_size={batch} is larger than the training split ({num_train} "
-            "samples): lower it, or set train.drop_last=false"
+            f"samples{_without(config.data.val_fraction)}): lower it, or set train.drop_last=false"
         )
     rest = num_train % batch
     if train.order == "fixed" and not train.drop_last and 0 < rest < train.num_shards:
@@ -103,3 +103,7 @@ def make_plan(config: Config, num_train: int, *, world_size: int) -> Plan:
         save_every=None if save_every == "auto" else save_every or per_epoch,
         notice=notice,
     )
+
+
+def _without(val_fraction: float) -> str:
+    return f", without the {val_fraction:g} of data.val_fraction" if val_fraction else ""

@@ -14,6 +14,7 @@ from dist_train.build import (
     build_model,
     checked_logits,
     compile_in_place,
+    model_in_words,
 )
 from dist_train.config import Config
 from dist_train.config.augmentation import hint
@@ -61,6 +62,7 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     if config.precision == "auto":
         run.say(f"precision={precision}, as this hardware does best (precision=auto)")
     model = ranks.together(lambda: build_model(config, data.num_classes, ranks))
+    run.say(f"model: {model_in_words(model, config)}")
     form = memory_format_in_force(config.model.memory_format, model, precision, ranks.device.type)
     lay_out(model, form)
     layer = corrupting_layer(form, model, precision, ranks.device.type)

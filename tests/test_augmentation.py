@@ -63,10 +63,16 @@ def test_which_parts_are_done(augment: Any, name: str, parts: tuple[str, ...]) -
         (["data.name=mine:data", "experiment=cifar10_speed"], "auto"),
         (["data.name=mine:data", "data.crop_padding=4"], ("auto", "crop")),
         (["data.name=mine:data", "data.flip=true", "data.cutout=8"], ("auto", "flip", "cutout")),
-        (["data=image_folder", "data.flip=false", "data.crop_padding=0"], "auto"),
-        (["data=image_folder", "data.augment=standard", "data.flip=true"], "standard"),
-        (["data=image_folder", "data.augment=none", "data.flip=true"], "none"),
-        (["data=image_folder", "data.augment=[crop]", "data.flip=true"], ("crop",)),
+        (["data=image_folder", "data.root=mine", "data.flip=false", "data.crop_padding=0"], "auto"),
+        (
+            ["data=image_folder", "data.root=mine", "data.augment=standard", "data.flip=true"],
+            "standard",
+        ),
+        (["data=image_folder", "data.root=mine", "data.augment=none", "data.flip=true"], "none"),
+        (
+            ["data=image_folder", "data.root=mine", "data.augment=[crop]", "data.flip=true"],
+            ("crop",),
+        ),
         (["data.name=cifar10", "data.crop_padding=2"], "auto"),
         (["data=synthetic", "data.crop_padding=2"], "auto"),
         (["data.root=mine", "data.crop_padding=2"], ("auto", "crop")),
@@ -196,7 +202,7 @@ def differing(data: Data) -> int:
     if isinstance(loader, MemoryLoader):
         plain = loader._normalise(loader._images[torch.from_numpy(indices)])
     else:
-        plain = loader._on_device(torch.stack([loader._train[int(i), None][0] for i in indices]))
+        plain = loader._normalised(torch.stack([loader._train[int(i), None][0] for i in indices]))
     return int((plain != batch.images).flatten(1).any(1).sum())
 
 

@@ -292,7 +292,8 @@ def test_an_unfinished_run_of_an_earlier_version_gets_the_size_that_it_had(tmp_p
             "colour_flat_net",
             "OneSize",
             "it takes images of 32x32 and 3 channels, these are 20x16: data.image_size=32 brings "
-            "them to that size, and image.convert('RGB') gives grey images three channels",
+            "them to that size (float tensors: your data set has to), and image.convert('RGB') "
+            "gives grey images three channels",
         ),
         ("failing_net", "OneSize", "Make the model fit the data (model.args), or the data the"),
     ],

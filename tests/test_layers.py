@@ -60,6 +60,11 @@ def test_a_users_files_keep_their_own_arguments_only(tmp_path: Path) -> None:
     assert args("experiment=quickstart", "model=own") == {"depth": 4}
     assert args("experiment=full", "model.factory=other:net") == {}
     assert args("experiment=wider", "model.factory=other:net") == {"width": 64}
+    for words in (("experiment=full", "model=own"), ("model=own", "experiment=full")):
+        made = config(*words, config_dir=tmp_path)
+        assert (made.model.args, made.train.epochs) == ({"depth": 4}, 1), "the group's"
+    other = config("experiment=full", "model=wide_resnet", config_dir=tmp_path).model
+    assert (other.factory, other.args) == ("dist_train.models:wide_resnet", {})
     data = config("data=own", "data.name=other:data", config_dir=tmp_path).data
     assert data.args == {}
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.config.augmentation import in_force
-from dist_train.config.schema import Config, ConfigError
+from dist_train.config.importing import as_import_path, check_import_path, nearest
+from dist_train.config.schema import Config, ConfigError, DataConfig
 from dist_train.config.typed import flatten
 
 
@@ -18,6 +19,7 @@ class Range:
     above: float | None = None
 
 
+SOURCES = ("auto", "cifar10", "image_folder", "synthetic")  # of images, beside the user's own
 RANGES: dict[str, Range] = {
     "seed": Range(least=0, most=2**63 - 1),
     "threads": Range(least=1),
@@ -67,12 +69,32 @@ RANGES: dict[str, Range] = {
 }
 
 
+def check_source(data: DataConfig) -> None:
+    """Raise ConfigError if data.name names no source, or one that lacks its folder."""
+    if ":" in data.name:
+        check_import_path(data.name, "data.name")
+        return
+    if data.name not in SOURCES:
+        meant = as_import_path(data.name)
+        hint = f"; did you mean data.name={meant}?" if meant else nearest(data.name, SOURCES)
+        known = ", ".join(SOURCES)
+        raise ConfigError(
+            f"data.name={data.name} is none of {known} or package.module:callable{hint}"
+        )
+    if data.name == "image_folder" and data.root is None:
+        raise ConfigError(
+            "data.name=image_folder needs data.root: give the folder that holds train/ and test/"
+        )
+
+
 def check(config: Config) -> None:
     """Raise ConfigError for the first value out of range or rule between keys that is broken."""
     for key, value in flatten(config).items():
         if key in RANGES and value is not None and not isinstance(value, str):
             _check_range(key, value, RANGES[key])
     train, optim, data = config.train, config.optim, config.data
+    check_import_path(config.model.factory, "model.factory")
+    check_source(data)
     if train.epochs is None and train.steps is None:
         raise ConfigError("how long to train is not set: give train.epochs=N or train.steps=N")
     if train.early_stop_patience is not None and data.val_fraction == 0:

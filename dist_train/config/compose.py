@@ -208,7 +208,10 @@ def _parsed(line: str, groups: dict[str, list[str]], config_file: Path | None) -
     key = override.key_or_group
     value = override.value()
     if override.is_sweep_override():
-        raise ConfigError(f"{line} is a sweep: one run takes one value; give several to a launcher")
+        raise ConfigError(
+            f"{line} is a sweep: one run takes one value; dist-train submit takes several, "
+            "and makes a run of each"
+        )
     if "${" in line:
         _refuse_resolvers({key: override.value()})
     if key == "experiment" and key in groups and (override.is_delete() or value == "none"):

@@ -34,16 +34,8 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
         ConfigError: it is not of that form, there is no such module, importing it fails, or it
             has no such callable.
     """
-    module_name, colon, name = path.partition(":")
-    if (
-        not colon
-        or module_name.endswith(".py")  # a file
-        or not name.isidentifier()
-        or not all(part.isidentifier() for part in module_name.split("."))
-    ):
-        meant = as_import_path(path)
-        hint = f": did you mean {key}={meant}?" if meant else ""
-        raise ConfigError(f"{key}={path} must have the form package.module:callable{hint}")
+    check_import_path(path, key)
+    module_name, _, name = path.partition(":")
     if not {"", str(Path.cwd())} & set(sys.path):
         # In safe mode (a job with a copy of the code) what PYTHONPATH names comes first.
         sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, str(Path.cwd()))
@@ -57,6 +49,20 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
     raise ConfigError(
         f"{key}={path}: {module.__file__ or module_name} has no {name!r}{nearest(name, public)}"
     )
+
+
+def check_import_path(path: str, key: str) -> None:
+    """Raise ConfigError if the value of setting `key` has not the form package.module:callable."""
+    module_name, colon, name = path.partition(":")
+    if (
+        not colon
+        or module_name.endswith(".py")  # a file
+        or not name.isidentifier()
+        or not all(part.isidentifier() for part in module_name.split("."))
+    ):
+        meant = as_import_path(path)
+        hint = f": did you mean {key}={meant}?" if meant else ""
+        raise ConfigError(f"{key}={path} must have the form package.module:callable{hint}")
 
 
 def as_import_path(typed: str) -> str | None:

@@ -74,6 +74,9 @@ def with_packages(config_dir: Path) -> Iterator[Path]:
 def keep_own_arguments(raw: dict[str, Any], layers: list[Layer], chosen: dict[str, str]) -> None:
     """Drop the arguments that came for another model or data set than the one in force.
 
+    That is the one of the group's choice on the command line, if there is one, also where an
+    experiment names its own.
+
     Args:
         raw: the settings that groups have made, not yet resolved.
         layers: the files that made them.
@@ -84,14 +87,17 @@ def keep_own_arguments(raw: dict[str, Any], layers: list[Layer], chosen: dict[st
         for layer in layers:
             values: Any = OmegaConf.to_container(OmegaConf.load(layer.path))
             own = _of_group(values, layer, owner)
+            made_for = _choice_in(values, owner) if layer.group == "experiment" else None
+            if layer.group == "experiment" and owner in chosen and made_for != chosen[owner]:
+                continue
             name = own.get(selector, called)
             if name != called:
                 called, arguments = name, {}
-            made_for = _choice_in(values, owner) if layer.group == "experiment" else None
-            another = owner in chosen and selector not in own and made_for != chosen[owner]
-            if isinstance(own.get("args"), dict) and not (layer.group == "experiment" and another):
+            if isinstance(own.get("args"), dict):
                 arguments = merged(arguments, own["args"])
         raw[owner]["args"] = arguments
+        if owner in chosen and called is not None:
+            raw[owner][selector] = called
 
 
 def arguments_for_any(

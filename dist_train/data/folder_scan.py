@@ -15,6 +15,8 @@ from dist_train.data.layouts import (
     what_else,
 )
 
+LEFT_BEHIND = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")
+
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
@@ -37,16 +39,12 @@ class Folder:
     remarks: tuple[str, ...] = ()  # on what was taken for what
 
 
-def scan_folder(root: str | None) -> Folder:
+def scan_folder(root: str) -> Folder:
     """List the pictures under `root` without opening them.
 
     Raises:
         ConfigError: a folder is missing or empty, or a file is empty or no picture by its name.
     """
-    if root is None:
-        raise ConfigError(
-            "data.name=image_folder needs data.root: give the folder that holds train/ and test/"
-        )
     base = Path(root).expanduser().resolve()
     if not base.is_dir():
         raise ConfigError(
@@ -102,7 +100,10 @@ def _split_folders(base: Path) -> tuple[str, str]:
         hint = UNSPLIT
     if hint is not None:
         raise ConfigError(f"{missing} is missing ({rule}), but {hint}")
-    raise ConfigError(f"{missing} is missing: {rule}")
+    raise ConfigError(
+        f"{missing} is missing: {rule}"
+        + (", or val/<class>/: move a part of the images there" if train is not None else "")
+    )
 
 
 def _remarks(base: Path, splits: tuple[str, str]) -> tuple[str, ...]:
@@ -112,6 +113,11 @@ def _remarks(base: Path, splits: tuple[str, str]) -> tuple[str, ...]:
         for name, split in ((train, "train"), (test, "test"))
         if name.lower() != split
     ]
+    for split in splits:
+        hidden = [name for name in os.listdir(base / split) if name.startswith(".")]
+        folders = sorted(name for name in hidden if (base / split / name).is_dir())
+        if folders:
+            remarks.append(f"{base / split}: hidden folders are no classes: {', '.join(folders)}")
     unused = [name for name in folders_in(base) if name.lower() in TEST and name != test]
     remarks += [
         f"{base / name} is not used: the test is {test}/, and what is validated on is split off "
@@ -121,9 +127,14 @@ def _remarks(base: Path, splits: tuple[str, str]) -> tuple[str, ...]:
     return tuple(remarks)
 
 
+def is_passed_over(name: str) -> bool:
+    """Say whether a file or folder is hidden, or one that file managers and archives leave."""
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
+
+
 def _class_folders(base: Path, split: str) -> list[str]:
     with os.scandir(base / split) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(e.name for e in entries if e.is_dir() and not is_passed_over(e.name))
     if not names:
         raise ConfigError(
             f"{base / split} has no class folders: put the pictures of each class into "
@@ -133,11 +144,11 @@ def _class_folders(base: Path, split: str) -> list[str]:
 
 
 def _class_files(base: Path, folder: str, *, label: int) -> list[PictureFile]:
-    """The pictures of one class, by name; hidden files are passed over."""
+    """The pictures of one class, by name; files that no picture is are told, unless hidden."""
     files = []
     with os.scandir(base / folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_passed_over(entry.name):
                 continue
             if entry.is_dir():
                 raise ConfigError(

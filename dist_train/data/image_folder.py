@@ -27,6 +27,7 @@ def load_image_folder(config: DataConfig, sign: SignOfLife = unseen) -> Source:
     Raises:
         ConfigError: names the folder or file that is wrong, and how to mend it.
     """
+    assert config.root is not None, "checked with the settings"
     folder = scan_folder(config.root)
     verified = verified_pictures(
         folder.root,

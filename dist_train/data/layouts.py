@@ -77,7 +77,12 @@ def what_else(base: Path) -> str | None:
     if below is not None:
         return f"{below} has them: set data.root={below}"
     if base.name.lower() in (*TRAIN, *TEST) and has_splits(base.parent):
-        return f"its parent has them: set data.root={base.parent}"
+        if any(name.lower() in TEST for name in folders_in(base.parent)):
+            return f"its parent has them: set data.root={base.parent}"
+        return (
+            f"it is such a folder itself: set data.root={base.parent}, and move a part of the "
+            f"images to {base.parent}/test/<class>/"
+        )
     if any((base / name).exists() for name in CIFAR10):
         return "it holds CIFAR-10: set data.name=cifar10"
     if (found := torchvision_name(base)) is not None:

@@ -89,7 +89,7 @@ def _call(factory: Callable[..., Any], config: DataConfig, split: dict[str, Any]
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        cure = "change data.args, or let it take train=True or False"
+        cure = "change data.args, or name a function of your own that takes train=True or False"
         if own_name(factory) in FOLDERS:
             cure = "data.name=image_folder reads folders of class folders"
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,28 @@ def test_broken_exif_data_of_a_whole_picture_are_no_reason_to_refuse_it(root: Pa
 
 def test_a_missing_root_is_refused(root: Path) -> None:
     assert "nowhere is not a folder" in refusal(root, root=str(root.parent / "nowhere"))
-    assert "needs data.root" in refusal(root, root=None)
+    with pytest.raises(ConfigError, match=r"needs data\.root"):
+        compose(["data.name=image_folder"])
+
+
+def test_what_file_managers_leave_is_passed_over_and_hidden_classes_are_said(root: Path) -> None:
+    plain = load(root)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (root / "train" / "cat" / name).write_bytes(b"no picture")
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / ".cow").mkdir()
+    again = load(root)
+    assert again.classes == plain.classes
+    assert np.array_equal(in_memory(again.train).images, in_memory(plain.train).images)
+    assert [remark for remark in again.remarks if "hidden" in remark] == [
+        f"{root.resolve() / 'train'}: hidden folders are no classes: .cow"
+    ]
+
+
+def test_a_folder_without_a_test_split_is_told_what_will_do(root: Path) -> None:
+    shutil.rmtree(root / "test")
+    assert "or val/<class>/: move a part of the images there" in refusal(root)
+    assert f"set data.root={root.resolve()}, and move a part" in refusal(root / "train")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_train.config.compose import compose
 from dist_train.config.importing import import_callable
 from dist_train.config.schema import ConfigError, DataConfig
 from dist_train.data import torchvision_sets, whole_arrays
@@ -451,7 +452,7 @@ def test_reasons_not_to_import_are_told_apart(path: str, told: str) -> None:
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cifar10'"):
-        load_source(DataConfig(name="cifar100"))
+        compose(["data.name=cifar100"])
     with pytest.raises(ConfigError, match=r"takes no data\.args \(given: size\)"):
         load_source(DataConfig(name="cifar10", args={"size": 3}))
 
