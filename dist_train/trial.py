@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dist_train.build import as_written, autocast, checked_logits
 from dist_train.config import ConfigError
+from dist_train.config.user_code import is_of_machine
 from dist_train.data.batch import Batch
 from dist_train.data.loaders import Data
 from dist_train.memory import is_out_of_memory
@@ -147,7 +148,7 @@ def _forward_again(parts: Parts, data: Data) -> None:
         with as_written(parts.config), autocast(parts.precision, device), torch.no_grad():
             parts.replica.module(images)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_of_machine(error):
             raise
         raise ConfigError(
             f"model.factory={parts.config.model.factory} makes buffers in its first forward, and "

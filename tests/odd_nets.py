@@ -98,6 +98,20 @@ class Grid(nn.Module):
         return self.inner(x * self.grid)  # pyright: ignore[reportOperatorIssue] # a tensor
 
 
+class BrokenDevice(nn.Module):
+    """Grid on a GPU that breaks at one of its forwards, and is broken from then on."""
+
+    def __init__(self, num_classes: int, *, call: int) -> None:
+        super().__init__()
+        self.inner, self.call, self.calls = Grid(num_classes), call, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls >= self.call:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return self.inner(x)
+
+
 class LateParameter(nn.Module):
     """plain_net that makes a parameter in its first forward."""
 

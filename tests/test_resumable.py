@@ -1,5 +1,6 @@
 """What a run saves can be loaded again, or the run is refused before its first step."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dist_train.distributed import single_process
 from dist_train.resumable import try_loading
 from dist_train.weights import load_weights, weights_of
 from tests.odd_nets import Grid, Versioned
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import small
 
 CONSTANT = ("optim.schedule=constant", "checkpoint.every_steps=1", "log_every=1")
@@ -117,6 +118,16 @@ def test_a_run_that_could_never_be_continued_is_refused(
 ) -> None:
     line = refused(tmp_path, *f"model.factory=tests.odd_nets:{net}".split())
     assert all(part in line for part in told), line
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_a_gpu_that_breaks_at_the_start_is_no_mistake_of_the_user(
+    call: int, tmp_path: Path
+) -> None:
+    net = ("model.factory=tests.odd_nets:BrokenDevice", f"model.args.call={call}")
+    [outcome] = start_ranks_of(trained, 0, small(tmp_path, *net, "train.steps=1"))
+    assert isinstance(outcome.error, torch.AcceleratorError), outcome.trace
+    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 1
 
 
 def state_of(name: str, *words: str) -> tuple[dict[str, Any], Any]:

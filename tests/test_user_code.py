@@ -135,6 +135,10 @@ MACHINES = [
     RuntimeError("CUDA error: device-side assert triggered"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("NCCL communicator was aborted"),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate`"),
+    torch.AcceleratorError("CUDA error: misaligned address"),
+    torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled system error"),
     torch.distributed.DistNetworkError("gone"),
 ]
 USERS = [

@@ -45,6 +45,8 @@ _DEVICE_WORDS = (
     "CUBLAS_STATUS",
     "CUDNN_STATUS",
     "cuDNN error",
+    "CUSOLVER_STATUS",
+    "Triton Error",
     "NCCL",
     "out of memory",
     "can't allocate memory",
