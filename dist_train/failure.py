@@ -30,6 +30,17 @@ STORE_KEY = "first_cause"
 MICRO_BATCH_KEY = "micro_batch_size"
 # What gloo says when the other end is gone; its "enforce fail" is a cause of its own.
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "connect")
+# The same of NCCL: ncclRemoteError, torch's watchdog, and a communicator that was given up.
+LOST_BY_NCCL = ("remote process exited", "timed out", "timeout", "aborted")
+# ncclGetErrorString of what a rank, its GPU or its machine has itself.
+CAUSES_BY_NCCL = (
+    "unhandled cuda error",
+    "unhandled system error",
+    "internal error",
+    "invalid argument",
+    "invalid usage",
+    "out of memory",
+)
 
 
 class RepeatedFailureError(RuntimeError):
@@ -43,11 +54,13 @@ def is_follower(error: BaseException) -> bool:
     if isinstance(error, RankFailedError | dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error).lower()
-    if isinstance(error, dist.DistBackendError):  # NCCL's, and gloo's of newer versions
-        return "enforce fail" not in text
-    if type(error) is not RuntimeError or "gloo" not in text or "enforce fail" in text:
-        return False
-    return any(word in text for word in LOST)
+    if isinstance(error, dist.DistBackendError) and "nccl" in text:
+        own = any(word in text for word in CAUSES_BY_NCCL)  # also as what it was aborted for
+        return not own and any(word in text for word in LOST_BY_NCCL)
+    of_gloo = isinstance(error, dist.DistBackendError) or (
+        type(error) is RuntimeError and "gloo" in text
+    )
+    return of_gloo and "enforce fail" not in text and any(word in text for word in LOST)
 
 
 class ChainNotes:

@@ -14,13 +14,20 @@ SHORT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
     "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "'out of memory'",  # in what NCCL says of CUDA
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
 )
 # cuDNN's word both for a convolution that it cannot compute and for no memory to compute it in.
 NO_ENGINE = "unable to find an engine"
+# Said where there is no memory for it, and where something else is wrong: a broken device.
+MAYBE_SHORT = (
+    NO_ENGINE,
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+)
 # BatchNorm's word for a micro-batch of one sample: of no meaning where memory allows no more.
 ONE_SAMPLE = "Expected more than 1 value per channel"
 LITTLE_LEFT = 0.1  # of the GPU's memory: then it is the second
@@ -34,11 +41,21 @@ def is_out_of_memory(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     text = str(error)
-    if NO_ENGINE in text and torch.cuda.is_available():
+    if any(word in text for word in SHORT_OF_MEMORY):
+        return True
+    return any(word in text for word in MAYBE_SHORT) and _little_is_left()
+
+
+def _little_is_left() -> bool:
+    """Say whether this process's GPU, if it has one and that answers, is nearly full."""
+    if not torch.cuda.is_available():
+        return False
+    try:
         free, total = torch.cuda.mem_get_info()
-        allowed = torch.cuda.get_per_process_memory_fraction() * total  # to this process
-        return min(free, allowed - torch.cuda.memory_reserved()) < LITTLE_LEFT * total
-    return any(word in text for word in SHORT_OF_MEMORY)
+    except RuntimeError:  # it is broken
+        return False
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # to this process
+    return min(free, allowed - torch.cuda.memory_reserved()) < LITTLE_LEFT * total
 
 
 def memory_in_use(device: torch.device) -> str:

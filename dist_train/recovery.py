@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from dist_train.broken_device import is_broken_device
 from dist_train.config import Config, ConfigError
 from dist_train.config.user_code import (
     NEXT_LINE,
@@ -29,8 +30,6 @@ from dist_train.parallel import Replica
 
 Verdict = Literal["apply", "retry", "skip"]
 
-# Errors after which this process can do nothing more with its device.
-STICKY = ("device-side assert", "illegal memory access", "launch failure", "uncorrectable ECC")
 OF_THE_GROUP = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset")
 
 
@@ -120,7 +119,7 @@ class Recovery:
         of_machine = of_group or is_out_of_memory(error) or is_of_machine(error)
         shown = error if of_machine else _in_words(error, at_start=at_start)
         out_of_reach = not self._replica.recoverable or self._replica.gradients.all_sent
-        if of_group or out_of_reach or any(word in text for word in STICKY):
+        if of_group or out_of_reach or is_broken_device(error):
             self.remember_shortage(error)
             if shown is not error:
                 raise shown from error

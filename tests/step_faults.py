@@ -201,7 +201,7 @@ def _go_wrong(fault: StepFault, value: Any) -> Any:
     if fault.kind == "real memory":
         torch.empty(1 << 50, dtype=torch.uint8)
     if fault.kind == "sticky":
-        raise RuntimeError("CUDA error: device-side assert triggered (injected)")
+        raise torch.AcceleratorError("CUDA error: misaligned address (injected)")
     if fault.kind == "error":
         raise ValueError("a bug in the user's code (injected)")
     bad = torch.nan if fault.kind == "nan" else torch.inf

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_train import chain
 from dist_train.chain import Cause, begin, record
@@ -163,6 +164,41 @@ def test_the_next_attempt_of_a_chain_knows_the_micro_batch(tmp_path: Path) -> No
 def test_what_a_rank_says_when_another_ends_is_no_cause(text: str, follows: bool) -> None:
     assert is_follower(RuntimeError(text)) is follows
     assert not is_follower(ValueError(text))
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+REMOTE = (
+    f"{NCCL}remote process exited or there was a network error, NCCL version 2.28.9\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer node1<40211>"
+)
+OF_CUDA = (
+    f"{NCCL}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure "
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "follows"),
+    [
+        (REMOTE, True),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", True),
+        ("NCCL communicator was aborted on rank 1.", True),
+        (f"NCCL communicator was aborted on rank 1. Original reason: {REMOTE}", True),
+        (f"NCCL communicator was aborted on rank 1. Original reason: {OF_CUDA}999", False),
+        (f"{OF_CUDA}700 'an illegal memory access was encountered'", False),
+        (f"{OF_CUDA}702 'the launch timed out and was terminated'", False),
+        (f"{OF_CUDA}2 'out of memory'", False),
+        (f"{NCCL}unhandled system error (run with NCCL_DEBUG=INFO for details)", False),
+        (f"{NCCL}internal error - please report this issue to the NCCL developers", False),
+        (f"{NCCL}invalid argument (run with NCCL_DEBUG=WARN for details)", False),
+        (f"{NCCL}invalid usage (run with NCCL_DEBUG=WARN for details)", False),
+        ("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1", True),
+        ("[enforce fail at /pytorch/gloo/transport/tcp/pair.cc:474] timeout", False),
+    ],
+)
+def test_what_a_rank_has_itself_is_a_cause_whoever_tells_it(text: str, follows: bool) -> None:
+    assert is_follower(torch.distributed.DistBackendError(text)) is follows
 
 
 KINDS = {
