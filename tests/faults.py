@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 PLACES = (
     "before the step",
     "after the backward",
@@ -43,6 +45,7 @@ class Fault:
 KINDS: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exception": lambda: _raise(RuntimeError("an injected exception")),
+    "broken device": lambda: _raise(torch.AcceleratorError("CUDA error: misaligned address")),
     "exit": lambda: os._exit(1),
     "exit 0": lambda: os._exit(0),
     "sys.exit": lambda: sys.exit(0),
@@ -183,8 +186,6 @@ class StuckPictures:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        import torch
-
         if index == self.stuck and not self.mark.exists():
             self.mark.touch()
             hang("deadlock")

@@ -45,7 +45,7 @@ def view(
     waits: bool = False,
     state: str = "S",
     limit: float = HANG,
-    **more: int,
+    **more: float,
 ) -> View:
     return View(rank, "host", NUMBER_OF[phase], step, waits, silence, limit, state, **more)
 
@@ -108,6 +108,25 @@ def test_a_rank_or_a_node_that_is_gone_is_told() -> None:
     assert verdict is not None
     assert "node7 is not heard of" in verdict.text
     assert blamed(view(0, "end", 9, 99.0, state=LEFT)) is None
+
+
+def in_vain(*views: View, on_gpu: bool = True) -> bool:
+    """Say whether the ranks are ended because they wait for one that is gone."""
+    verdict = decide(views, hang_sec=HANG, on_gpu=on_gpu)
+    assert verdict is None or verdict.culprits == ()
+    return verdict is not None and "which has ended" in verdict.text
+
+
+@pytest.mark.parametrize("state", ["gone", LEFT])
+def test_on_gpus_nobody_waits_longer_than_a_second_for_a_rank_that_is_gone(state: str) -> None:
+    waiting = view(0, "all-reduce", 9, 1.1, waits=True)
+    gone = view(1, "forward", 9, 1.1, state=state, gone_sec=1.1)
+    assert in_vain(waiting, gone)
+    assert in_vain(waiting, waiting._replace(rank=2), gone)
+    assert not in_vain(waiting, gone, on_gpu=False), "there the network tells them"
+    assert not in_vain(waiting, gone._replace(gone_sec=0.9))
+    assert not in_vain(waiting._replace(silence=0.9), gone)
+    assert not in_vain(waiting, view(2, "end", 9, 1.1), gone), "that one says what it knows"
 
 
 class Life:

@@ -24,6 +24,7 @@ from dist_train.monitor.verdict import Verdict, View, decide, waits_for_others
 POLL_SEC = 0.2
 LOOK_CLOSER_SEC = 1.0  # of silence, before /proc is asked for more than whether a rank lives
 OTHERS_FIRST_SEC = 3.0  # for ranks whose culprit is on another node
+TELL_SEC = 3.0  # of ranks on GPUs that died, to the monitors of other nodes
 IN_COLLECTIVES = (NUMBER_OF["forward"], NUMBER_OF["backward"])  # SyncBatchNorm's, DDP's
 
 
@@ -50,6 +51,7 @@ class Monitor:
         self._place = place
         self._memory = mmap.mmap(memory, 0, prot=mmap.PROT_READ)
         self._limits: dict[int, Limits] = {}  # by slot
+        self._gone: dict[int, float] = {}  # by slot: seconds since the process was first not there
         self._moved: dict[int, int] = {}  # bytes, by slot
         self._stacks: dict[int, BinaryIO | None] = {}  # by rank; read also after its death
         self._link = _open_link(settings, place, hub)
@@ -91,7 +93,10 @@ class Monitor:
             one, beat = read_identity(self._memory, slot), read_beat(self._memory, slot)
             if one.presence == NOT_YET:
                 continue
-            state = HAS_LEFT if one.presence == LEFT else state_of(one.pid, one.started)
+            process = state_of(one.pid, one.started)
+            if process == GONE:
+                self._gone[slot] = self._gone.get(slot, -tick_sec) + tick_sec
+            state = HAS_LEFT if one.presence == LEFT else process
             if slot not in self._limits:
                 self._stacks[one.rank] = open_stacks(one)
                 s = self._settings
@@ -121,6 +126,7 @@ class Monitor:
                     calls=beat.calls,
                     call=beat.call,
                     values=beat.values,
+                    gone_sec=self._gone.get(slot, 0.0),
                 )
             )
         return views
@@ -128,14 +134,18 @@ class Monitor:
     def _all_have_left(self, views: list[View]) -> bool:
         if len(views) < self._settings.slots and os.getppid() == self._parent:
             return False  # some are still on their way
-        return all(view.state in (HAS_LEFT, GONE) for view in views)
+        if not all(view.state in (HAS_LEFT, GONE) for view in views):
+            return False
+        dead = [view.gone_sec for view in views if view.state == GONE]
+        several = self._link is not None and self._settings.on_gpu
+        return not (several and dead and min(dead) < TELL_SEC)
 
     def _judge(self, views: list[View]) -> Verdict | None:
         """Decide here, or take the word of rank 0's node, which sees all."""
         s, link = self._settings, self._link
         if s.hub is None:
             self._name_slow(views)
-            return decide(views, hang_sec=s.hang_sec)
+            return decide(views, hang_sec=s.hang_sec, on_gpu=s.on_gpu)
         if link is None:
             return self._judge_alone(views, cut=False)
         link.exchange(views, self._place.host)
@@ -148,7 +158,7 @@ class Monitor:
         lost = link.lost()
         if link.num_nodes_heard() < self._place.nodes - 1:
             return self._judge_alone(everybody, cut=bool(lost))
-        verdict = decide(everybody, hang_sec=s.hang_sec, lost=lost)
+        verdict = decide(everybody, hang_sec=s.hang_sec, lost=lost, on_gpu=s.on_gpu)
         if verdict is not None:
             link.exchange(everybody, self._place.host, verdict)
         return verdict

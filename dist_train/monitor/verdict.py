@@ -3,6 +3,9 @@
 A rank that waits in a collective is a victim: the culprit is one that is gone, stopped, or silent
 outside of a collective, and of these the one furthest behind. Nobody is blamed while a rank behind
 him is within its own limit: it may be what the others wait for.
+
+On GPUs, ranks that wait for one that is gone never come back by themselves: their kernel waits for
+its data, and the host, inside CUDA, runs no handler of a signal.
 """
 
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from dist_train.heartbeat import CALLS, NUMBER_OF, PHASES
 from dist_train.monitor.processes import GONE, MEANING, STOPPED
 
 ALL_WAIT = 1.6  # x the limit, if all wait: TCP takes 6.2 s to get over a cut of 3 s
+GONE_SEC = 1.0  # for the others to notice by themselves, where they can
 LEFT = "left"  # as a state: it has left the watch, its process may live
 
 
@@ -31,6 +35,7 @@ class View(NamedTuple):
     calls: int = 0  # of collectives, so far
     call: int = 0  # the last of them
     values: int = 0  # how many it was given
+    gone_sec: float = 0.0  # since its process was seen to be gone
 
     @property
     def place(self) -> tuple[int, int]:
@@ -48,7 +53,12 @@ class Verdict(NamedTuple):
 
 
 def decide(
-    views: Sequence[View], *, hang_sec: float, lost: Sequence[str] = (), all_wait_sec: float = 0.0
+    views: Sequence[View],
+    *,
+    hang_sec: float,
+    lost: Sequence[str] = (),
+    all_wait_sec: float = 0.0,
+    on_gpu: bool = False,
 ) -> Verdict | None:
     """Return who hangs, or None while there is no need to say so.
 
@@ -57,6 +67,7 @@ def decide(
         hang_sec: how long a stopped process is given.
         lost: nodes that were heard of and are not any more.
         all_wait_sec: the least time that all must have waited; for who does not see all ranks.
+        on_gpu: whether they compute on GPUs.
     """
     there = [view for view in views if view.state not in (GONE, LEFT)]
     if not there:
@@ -71,9 +82,12 @@ def decide(
         if not over or (last not in over and last.place < min(v.place for v in over)):
             return None
         return _verdict(_first(over))
-    if any(v.silence <= max(all_wait_sec, ALL_WAIT * v.limit) for v in there):
-        return None
     gone = [view for view in views if view.state in (GONE, LEFT)]
+    in_vain = on_gpu and any(view.gone_sec > GONE_SEC for view in gone)
+    if any(
+        v.silence <= (GONE_SEC if in_vain else max(all_wait_sec, ALL_WAIT * v.limit)) for v in there
+    ):
+        return None
     return _all_wait(there, gone, lost)
 
 

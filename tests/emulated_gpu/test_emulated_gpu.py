@@ -14,6 +14,7 @@ SOME = {
     "planted defects, scarce memory, copying ahead": (
         *(f"{HERE}/defects.py", f"{HERE}/scarce.py", f"{HERE}/copying_ahead.py"),
     ),
+    "ranks that are gone": (f"{HERE}/gone.py",),
     "steps and their waits": (
         f"{HERE}/step_costs.py",
         "tests/test_gpu.py",
