@@ -107,6 +107,17 @@ def set_determinism(config: Config) -> None:
     settings.fill_uninitialized_memory = False
 
 
+def leave_errors_to_python(config: Config) -> None:
+    """Let a broken GPU be told by Python's traceback alone; a user's own setting stays.
+
+    torch's thread beside NCCL sees the same CUDA error, throws it and so aborts the process, maybe
+    before the cause is written down. Without that it does not end a rank either whose collective
+    takes too long, which is left to the monitor. By torch's sources; measured on no GPU.
+    """
+    if config.guards.watchdog:
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+
+
 def threads_asked(config: Config) -> int | None:
     """Return the number of threads that the configuration asks for: fixed order needs one."""
     return 1 if config.train.order == "fixed" else config.threads

@@ -23,6 +23,7 @@ from dist_train.device import (
     bind_device,
     check_precision,
     keep_freed_memory,
+    leave_errors_to_python,
     set_determinism,
     threads_asked,
     threads_of,
@@ -214,6 +215,8 @@ def start_ranks(config: Config) -> Iterator[Ranks]:
         name = loopback()  # the host's own name may lead nowhere
     if name is not None:
         os.environ.setdefault(GLOO_VARIABLE, name)
+    if device.type == "cuda":
+        leave_errors_to_python(config)
     start = timedelta(seconds=config.parallel.start_timeout_sec)
     layout = with_address_of_round(layout, os.environ)
     store, layout = meet(layout, config, device_name, error)

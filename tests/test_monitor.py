@@ -45,9 +45,11 @@ def view(
     waits: bool = False,
     state: str = "S",
     limit: float = HANG,
-    **more: float,
+    gone_sec: float = 0.0,
+    **more: int,
 ) -> View:
-    return View(rank, "host", NUMBER_OF[phase], step, waits, silence, limit, state, **more)
+    place = (rank, "host", NUMBER_OF[phase], step)
+    return View(*place, waits, silence, limit, state, gone_sec=gone_sec, **more)
 
 
 def blamed(*views: View, lost: tuple[str, ...] = ()) -> tuple[int, ...] | None:

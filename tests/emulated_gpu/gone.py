@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dist_train.config import Config
+from dist_train.distributed import start_ranks
 from tests.emulated_gpu import nccl
 from tests.faults import Fault, train_with
 from tests.ranks import start_ranks_of
@@ -62,6 +63,24 @@ def test_ranks_that_wait_in_cuda_for_one_that_is_gone_are_ended(kind: str, tmp_p
     else:
         assert isinstance(gone.error, torch.AcceleratorError), "it tells the cause itself"
         assert "misaligned address" in status["reason"]
+
+
+def setting_of_nccl(config: Config) -> str | None:
+    """Return what NCCL's own thread is told of errors."""
+    with start_ranks(config):
+        return os.environ.get("TORCH_NCCL_RETHROW_CUDA_ERRORS")
+
+
+@pytest.mark.parametrize(
+    ("watchdog", "own", "expected"), [(True, None, "0"), (True, "1", "1"), (False, None, None)]
+)
+def test_a_broken_gpu_is_told_by_python_where_the_monitor_ends_what_hangs(
+    watchdog: bool, own: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    config = small(tmp_path, f"guards.watchdog={str(watchdog).lower()}")
+    env = {} if own is None else {"TORCH_NCCL_RETHROW_CUDA_ERRORS": own}
+    [outcome] = start_ranks_of(setting_of_nccl, 1, config, env=env)
+    assert outcome.value == expected, outcome.trace
 
 
 def on_two_nodes(config: Config, fault: Fault) -> Any:
