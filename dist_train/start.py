@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.build import (
     agreed_precision,
@@ -22,6 +22,7 @@ from dist_train.config.user_code import user_code
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.loaders import Data
+from dist_train.distributed import Ranks
 from dist_train.drift import DAMAGED, DriftCheck
 from dist_train.memory import (
     SAFETY,
@@ -174,7 +175,11 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
         return max(1, min(whole, int(budget / max(1.0, each))))
 
     parts.replica.buffers.remember()
+    if cuda:
+        _let_nccl_allocate(parts.replica.params, ranks)
     sizes = ranks.gather(ranks.together(find))
+    if cuda:
+        torch.cuda.empty_cache()  # whatever takes memory beside torch finds what is left
     parts.replica.buffers.restore()  # here, not in an attempt: those that failed spoil them too
     parts.recovery.micro_batch_size = min(sizes)
     if min(sizes) < whole:
@@ -187,6 +192,16 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
             "sizes": sizes,
         }
     )
+
+
+def _let_nccl_allocate(params: list[nn.Parameter], ranks: Ranks) -> None:
+    """Sum as many zeros as there are gradients. Collective.
+
+    NCCL takes memory of its own at the first sum of a kind, and that is no part of torch's.
+    """
+    for dtype in dict.fromkeys(param.dtype for param in params):
+        size = sum(param.numel() for param in params if param.dtype == dtype)
+        ranks.all_reduce(torch.zeros(size, dtype=dtype, device=ranks.device))
 
 
 def open_feed(parts: Parts, data: Data, *, last_step: int, generation: int = 0) -> Feed:

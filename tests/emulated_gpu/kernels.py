@@ -61,6 +61,17 @@ def allow_pinned(num_bytes: int) -> None:
     _counter("pinned_most").value = num_bytes
 
 
+def allow_on_device(num_bytes: int) -> None:
+    """Let a device have no more memory than so much."""
+    _counter("device_most").value = num_bytes
+
+
+def take_on_device(num_bytes: int) -> bool:
+    """Take memory of the device that is not torch's, for good; says whether there was enough."""
+    runtime, taken = ctypes.CDLL(str(built() / RUNTIME)), ctypes.c_void_p()
+    return runtime.cudaMalloc(ctypes.byref(taken), ctypes.c_size_t(num_bytes)) == 0
+
+
 @contextlib.contextmanager
 def emulated() -> Iterator["Kernels"]:
     """Compute with the emulated GPU; gloo stands for NCCL.

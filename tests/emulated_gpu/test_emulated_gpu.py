@@ -11,9 +11,8 @@ HERE = "tests/emulated_gpu"
 # A few cases of each kind; every line is one process, and its start takes seconds.
 SOME = {
     "what the emulation promises": (f"{HERE}/device.py",),
-    "planted defects, scarce memory, copying ahead": (
-        *(f"{HERE}/defects.py", f"{HERE}/scarce.py", f"{HERE}/copying_ahead.py"),
-    ),
+    "planted defects, copying ahead": (f"{HERE}/defects.py", f"{HERE}/copying_ahead.py"),
+    "scarce memory": (f"{HERE}/scarce.py", f"{HERE}/own_memory_of_nccl.py"),
     "ranks that are gone": (f"{HERE}/gone.py",),
     "steps and their waits": (
         f"{HERE}/step_costs.py",

@@ -3,7 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEVICE_BYTES (80ul << 30)
 #define GARBAGE 0xA5  // what the host finds where a copy has not arrived
 
 typedef struct Range {
@@ -15,6 +14,7 @@ typedef struct Range {
 
 long emulated_pageable, emulated_pinned_bytes;
 PUBLIC long emulated_pinned_most = 1l << 40;  // a test makes pinned memory scarce
+PUBLIC long emulated_device_most = 80l << 30;  // or that of each device
 static Range *pinned, *on_devices;
 static size_t used[MOST_DEVICES];
 
@@ -40,15 +40,15 @@ static Range take(Range **list, void *pointer) {
 }
 
 PUBLIC cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
-  *total = DEVICE_BYTES;
-  *left = DEVICE_BYTES - used[current];
+  *total = emulated_device_most;
+  *left = *total - used[current];
   return cudaSuccess;
 }
 PUBLIC cudaError_t cudaMalloc(void **pointer, size_t size) {
   cudaError_t error = cudaSuccess;
   *pointer = 0;
   pthread_mutex_lock(&lock);
-  if (used[current] + size > DEVICE_BYTES || posix_memalign(pointer, 512, size ? size : 1))
+  if (used[current] + size > (size_t)emulated_device_most || posix_memalign(pointer, 512, size ? size : 1))
     error = failed(cudaErrorMemoryAllocation);
   else {
     used[current] += size;
