@@ -27,7 +27,11 @@ WITHOUT_AMX = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
 
 
 def bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
-    """Return this rank's device and the name that is unique to it on the host."""
+    """Return this rank's device and the name that is unique to it on the host.
+
+    A launcher may show each rank GPUs of its own, which count from 0 again: the one that is visible
+    is taken, whatever the rank. By the names rank 0 sees if that makes two ranks share one.
+    """
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     if gpus == 0:
         if config.device == "cuda":
@@ -36,9 +40,9 @@ def bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
                 "or set device=cpu"
             )
         return torch.device("cpu"), "cpu"
-    index = 0 if gpus == 1 and layout.local_world_size == 1 else layout.local_rank
-    if gpus == 1 and layout.launcher == "slurm":
-        index = 0  # --gpus-per-task=1 shows each task its own GPU as number 0
+    index = layout.local_rank
+    if gpus == 1 or layout.launcher == "slurm":  # --gpus-per-task
+        index %= gpus
     if index >= gpus:
         raise ConfigError(
             f"local rank {layout.local_rank} has no GPU: {gpus} visible, "
@@ -50,16 +54,18 @@ def bind_device(config: Config, layout: Layout) -> tuple[torch.device, str]:
     properties = torch.cuda.get_device_properties(device)
     if config.parallel.numa_binding:
         _bind_numa(properties)
-    return device, str(getattr(properties, "uuid", index))
+    return device, str(getattr(properties, "uuid", None) or _bus_place(properties))
+
+
+def _bus_place(properties: Any) -> str:
+    domain, bus = properties.pci_domain_id, properties.pci_bus_id
+    return f"{domain:04x}:{bus:02x}:{properties.pci_device_id:02x}"
 
 
 def _bind_numa(properties: Any) -> None:
     """Run this process on the cores of its GPU's NUMA node (Linux sysfs)."""
-    place = (
-        f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}"
-    )
     try:
-        with open(f"/sys/bus/pci/devices/{place}.0/local_cpulist") as file:
+        with open(f"/sys/bus/pci/devices/{_bus_place(properties)}.0/local_cpulist") as file:
             ranges = [part.split("-") for part in file.read().strip().split(",") if part]
     except OSError as error:
         raise ConfigError(

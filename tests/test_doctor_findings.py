@@ -181,10 +181,17 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         r"local ranks 0 and 1 on .* all have CUDA_VISIBLE_DEVICES=0, which is one GPU unless",
     ),
     "more ranks than GPUs": (
+        {"arrivals": ALL_GPUS, "layout": replace(SOUND.layout, launcher="torchrun")}
+        | with_machines(5, local_rank=2),
+        "error",
+        r"local rank 2 on node3 can take 2 GPUs, so it has none of",
+    ),
+    "two ranks and one GPU": (
         {"arrivals": {r: arrival(r, gpus=["GPU-a"]) for r in range(6)}}
         | {"layout": replace(SOUND.layout, launcher="torchrun")},
         "error",
-        r"local rank 1 on node1, node2 and node3 can take 1 GPU, so it has none of",
+        r"local ranks 0 and 1 on node1, node2 and node3 are on one GPU \(GPU-a\): start one rank "
+        r"for each GPU \(--nproc-per-node\)",
     ),
     "a node without GPUs": (
         {"arrivals": ALL_GPUS | {4: arrival(4), 5: arrival(5)}},

@@ -1,6 +1,7 @@
 """What only a GPU can show; `make gpu-check` runs these."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def test_more_local_ranks_than_gpus_are_refused_on_all_ranks(tmp_path: Path) -> 
     count = torch.cuda.device_count() + 1
     outcomes = start_ranks_of(trained, count, small(tmp_path, *GPU))
     assert all(isinstance(o.error, ConfigError) for o in outcomes), outcomes
-    assert f"local rank {count - 1} has no GPU" in str(outcomes[0].error)
+    told = "are both on GPU" if count == 2 else f"local rank {count - 1} has no GPU"
+    assert told in str(outcomes[0].error)
 
 
 def test_two_ranks_on_one_gpu_are_refused(tmp_path: Path) -> None:
@@ -205,8 +207,23 @@ def test_what_does_not_part_trains(kind: str, tmp_path: Path) -> None:
     run_ranks(trained, 1, small(tmp_path, *GPU[:1], *net))
 
 
-def on_first_gpu(config: Config) -> dict[str, Any]:
-    import os
+def with_one_visible_gpu(config: Config, numbers: tuple[str, ...]) -> str:
+    os.environ["CUDA_VISIBLE_DEVICES"] = numbers[int(os.environ["RANK"])]
+    return trained(config)["weights_sha256"]
 
+
+@pytest.mark.multi_gpu
+def test_ranks_that_each_see_one_gpu_of_their_own_train(tmp_path: Path) -> None:
+    config = small(tmp_path, *GPU, "train.steps=3")
+    first, second = run_ranks(with_one_visible_gpu, 2, config, ("1", "0"))
+    assert first == second
+
+
+def test_ranks_that_each_see_the_same_gpu_are_refused(tmp_path: Path) -> None:
+    outcomes = start_ranks_of(with_one_visible_gpu, 2, small(tmp_path, *GPU), ("0", "0"))
+    assert all("rank 0 and rank 1 are both on GPU" in str(o.error) for o in outcomes), outcomes
+
+
+def on_first_gpu(config: Config) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = "0"
     return trained(config)

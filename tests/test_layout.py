@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,8 +248,11 @@ class Gpus:
         self.bound: list[torch.device] = []
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", self.bound.append)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: device)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", self.properties)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B + device.index, pci_device_id=0)
 
 
 def test_more_local_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,12 +264,28 @@ def test_more_local_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus.bound == [torch.device("cuda", 1)]
 
 
-def test_two_ranks_and_one_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_the_one_visible_gpu_is_taken_by_any_rank(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher may show each rank its own; the table finds out if it does not."""
     Gpus(monkeypatch, 1)
-    with pytest.raises(ConfigError, match="local rank 1 has no GPU: 1 visible"):
-        bind_device(Config(), place(1, 2))
-    # SLURM's --gpus-per-task=1 shows each task its own; the table finds out if it does not.
-    assert bind_device(Config(), place(1, 2, "slurm"))[0] == torch.device("cuda", 0)
+    assert bind_device(Config(), place(3, 4, launcher))[0] == torch.device("cuda", 0)
+
+
+def test_a_task_of_slurm_that_sees_fewer_gpus_than_there_are_tasks_takes_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Gpus(monkeypatch, 2)
+    taken = [bind_device(Config(), place(rank, 4, "slurm"))[0].index for rank in range(4)]
+    assert taken == [0, 1, 0, 1], "two of its own each (--gpus-per-task=2), or the table refuses"
+
+
+def test_a_gpu_without_a_name_has_that_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, ranks that see one GPU each would seem to share it."""
+    Gpus(monkeypatch, 2)
+    names = [bind_device(Config(), place(rank, 2))[1] for rank in (0, 1)]
+    assert names == ["0000:3b:00", "0000:3c:00"]
 
 
 def test_device_cpu_binds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,9 @@ def choice_of(machine: Machine, arrival: Arrival, *, by_slurm: bool) -> Choice |
         visible, source = numbers, "torch" if unique else "number"
     else:
         return None
-    alone = len(visible) == 1 and (by_slurm or machine.local_world_size == 1)
-    return Choice(visible=visible, index=0 if alone else machine.local_rank, source=source)
+    of_its_own = len(visible) == 1 or by_slurm
+    index = machine.local_rank % len(visible) if of_its_own else machine.local_rank
+    return Choice(visible=visible, index=index, source=source)
 
 
 def judge_gpus(machines: list[Machine], arrivals: dict[int, Arrival], *, by_slurm: bool) -> Section:
@@ -80,13 +81,16 @@ def judge_gpus(machines: list[Machine], arrivals: dict[int, Arrival], *, by_slur
         )
     for (_, name), ranks in takers.items():
         if len(ranks) > 1:
-            _tell(section, name, [choices[rank][0] for rank in ranks], choices[ranks[0]][1])
+            sharing, first = [choices[rank][0] for rank in ranks], choices[ranks[0]][1]
+            _tell(section, name, sharing, first, by_slurm=by_slurm)
     if by_slurm and not any(arrivals[rank].gpus for rank in choices):
         section.unchecked("the GPUs themselves: torch sees none, only SLURM's binding was read")
     return section.fine_if_nothing("each rank has a GPU of its own")
 
 
-def _tell(section: Section, name: str, machines: list[Machine], choice: Choice) -> None:
+def _tell(
+    section: Section, name: str, machines: list[Machine], choice: Choice, *, by_slurm: bool
+) -> None:
     """Say that ranks of a node share a GPU, and which flag to change."""
     first, each = machines[0], machines[0].local_world_size
     who = f"local ranks {listed(m.local_rank for m in machines)} on {{nodes}}"
@@ -95,6 +99,8 @@ def _tell(section: Section, name: str, machines: list[Machine], choice: Choice) 
     cure = f"give {one_each}, and do not set CUDA_VISIBLE_DEVICES yourself"
     if bind and bind != "none":
         cure = f"leave out --gpu-bind={bind} and give {one_each}"
+    if not by_slurm:
+        cure = "start one rank for each GPU (--nproc-per-node), and let them see all or one each"
     if choice.source == "number":
         section.warning(
             f"{who} all have CUDA_VISIBLE_DEVICES={first.env['CUDA_VISIBLE_DEVICES']}, which is "

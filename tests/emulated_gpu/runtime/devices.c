@@ -40,10 +40,28 @@ PUBLIC const char *cudaGetErrorString(cudaError_t error) {
   }
 }
 
-static int count_devices(void) {
+static int count_all(void) {
   const char *text = getenv("EMULATED_GPUS");
   int count = text ? atoi(text) : 1;
   return count < 0 ? 0 : count > MOST_DEVICES ? MOST_DEVICES : count;
+}
+// CUDA_VISIBLE_DEVICES, as numbers: which of all devices have the numbers from 0 on here.
+static int visible(int *numbers) {
+  const char *text = getenv("CUDA_VISIBLE_DEVICES");
+  int count = 0, all = count_all();
+  if (!text)
+    for (; count < all; count++) numbers[count] = count;
+  else
+    for (char *end; count < all; text = *end == ',' ? end + 1 : end) {
+      long number = strtol(text, &end, 10);
+      if (end == text || number < 0 || number >= all) break;
+      numbers[count++] = number;
+    }
+  return count;
+}
+static int count_devices(void) {
+  int numbers[MOST_DEVICES];
+  return visible(numbers);
 }
 PUBLIC cudaError_t cudaGetDeviceCount(int *count) {
   *count = count_devices();
@@ -61,9 +79,11 @@ PUBLIC cudaError_t cudaSetDevice(int device) {
 // Those of an H100, as far as torch reads them.
 PUBLIC cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
   size_t free_bytes;
+  int numbers[MOST_DEVICES];
+  if (device >= visible(numbers)) return failed(cudaErrorInvalidDevice);
   memset(found, 0, sizeof *found);
   strcpy(found->name, "Emulated GPU");
-  memset(&found->uuid, 0x11 + device, sizeof found->uuid);
+  memset(&found->uuid, 0x11 + numbers[device], sizeof found->uuid);
   cudaMemGetInfo(&free_bytes, &found->totalGlobalMem);
   found->major = 9;
   found->multiProcessorCount = 132;
@@ -81,7 +101,7 @@ PUBLIC cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int dev
   found->l2CacheSize = 50 << 20;
   found->memoryBusWidth = 5120;
   found->unifiedAddressing = 1;
-  found->pciBusID = device;
+  found->pciBusID = numbers[device];
   return cudaSuccess;
 }
 PUBLIC cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
