@@ -48,7 +48,7 @@ class FlatGradients:
     """One contiguous buffer a dtype, one all-reduce each.
 
     The backward makes gradients of its own, which costs nothing; they are gathered in the buffer
-    by one kernel, and after the sum every `param.grad` is a view of it.
+    by one kernel a dtype, and after the sum every `param.grad` is a view of it.
     """
 
     loss_factor = 1.0
@@ -58,6 +58,10 @@ class FlatGradients:
         self.params = params
         self.buffers, self.views = flat_views(params)
         self._ranks = ranks
+        # Of one dtype each: torch would copy a list of several tensor by tensor.
+        self._groups: dict[torch.dtype, list[tuple[nn.Parameter, Tensor]]] = {}
+        for param, view in zip(params, self.views, strict=True):
+            self._groups.setdefault(param.dtype, []).append((param, view))
 
     def begin(self) -> None:
         for param in self.params:
@@ -94,15 +98,16 @@ class FlatGradients:
     @torch.no_grad()
     def collect(self) -> None:
         """Copy into the buffer what the backward left, zeros where it left nothing."""
-        views, grads = [], []
-        for param, view in zip(self.params, self.views, strict=True):
-            if param.grad is None:
-                view.zero_()
-            else:
-                views.append(view)
-                grads.append(param.grad)
-        if grads:
-            torch._foreach_copy_(views, grads)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+        for group in self._groups.values():
+            views, grads = [], []
+            for param, view in group:
+                if param.grad is None:
+                    view.zero_()
+                else:
+                    views.append(view)
+                    grads.append(param.grad)
+            if grads:
+                torch._foreach_copy_(views, grads)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
 
     def attach(self) -> None:
         """Make the buffer's parts the parameters' gradients."""

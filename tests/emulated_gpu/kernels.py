@@ -126,7 +126,7 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self, collectives: Collectives) -> None:
         super().__init__()
-        self.launches = 0  # of kernels, as far as one operator is one
+        self.launches = 0  # of kernels, as far as one operator on tensors is one
         self.hidden: list[
             str
         ] = []  # operators that wait, which torch's debug mode tells nothing of
@@ -172,7 +172,7 @@ class Kernels(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         """Run the CPU's kernel in the device's memory."""
-        self.launches += 1
+        self.launches += _launches(func, args)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
         hosts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -290,6 +290,21 @@ def _by_mask(name: str, args: Any) -> bool:
     if not name.startswith("index") or len(args) < 2 or not isinstance(args[1], list | tuple):
         return False
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _launches(func: Any, args: Any) -> int:
+    """Return how many kernels an operator starts: on lists one, or one for each tensor.
+
+    As can_use_fast_route of aten/src/ATen/native/ForeachUtils.h says; a copy may change the type.
+    """
+    if "_foreach_" not in func._schema.name:
+        return 1
+    lists = [arg for arg in args if isinstance(arg, list) and isinstance(arg[0], Tensor)]
+    copies = "_foreach_copy" in func._schema.name
+    together = lists if copies else [[tensor for tensors in lists for tensor in tensors]]
+    one_type = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in together)
+    alike = all(len({t.stride() for t in same}) == 1 for same in zip(*lists, strict=True))
+    return 1 if one_type and alike else len(lists[0])
 
 
 def _is_one_block(tensor: Tensor) -> bool:

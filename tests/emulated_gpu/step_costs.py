@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from dist_train.claim import open_run
 from dist_train.config import Config
 from dist_train.data.loaders import open_data
-from dist_train.distributed import start_ranks
+from dist_train.distributed import single_process, start_ranks
+from dist_train.gradients import FlatGradients
 from dist_train.metrics import Meter
 from dist_train.plan import make_plan
 from dist_train.start import build_parts, open_feed
@@ -92,3 +95,19 @@ def test_a_step_waits_once(case: str, tmp_path: Path) -> None:
 def test_a_step_whose_guard_lags_does_not_wait(case: str, tmp_path: Path) -> None:
     config = small(tmp_path, *SETTINGS, *CASES[case], "guards.lag=1")
     assert run_ranks(costs, 1, config)[0] == [Cost(waits=0)] * MEASURED
+
+
+def test_gradients_of_two_types_are_gathered_by_two_kernels() -> None:
+    params = [
+        nn.Parameter(torch.zeros(2, 3, dtype=dtype, device="cuda"))
+        for _ in range(30)
+        for dtype in (torch.float32, torch.float64)
+    ]
+    with emulated() as kernels:
+        gradients = FlatGradients(params, single_process())
+        for number, param in enumerate(params):
+            param.grad = torch.full_like(param, number)
+        before = kernels.launches
+        gradients.collect()
+        assert kernels.launches - before == 2
+        assert [int(view[1, 2]) for view in gradients.views] == list(range(60))
