@@ -10,6 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from dist_train.copies import Copies
+
 ABSENT = "absent"  # the form of a buffer that is not registered
 
 
@@ -28,16 +30,16 @@ class Buffers:
         self._views = [tensors.values() for tensors in self._dicts]  # as they are when looked at
         # The module's own tensors, written into; what a forward has put in place may be anyone's.
         self._own = [dict(tensors) for tensors in self._dicts]
-        self._copies: dict[tuple[int, str], Tensor] = {}
+        self._groups: list[Copies] = []
         self._list()
         self._built = self.outline()
 
     def remember(self) -> None:
-        """Copy the buffers, in one kernel."""
+        """Copy the buffers, in one kernel a dtype."""
         if not self._unchanged():
             self._list()
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)  # pyright: ignore[reportPrivateImportUsage] # torch's optimizers' own
+        for group in self._groups:
+            group.take()
 
     def restore(self, bad: Tensor | None = None) -> None:
         """Put back what was remembered; with `bad` (0-d), only where it is above 0.
@@ -49,8 +51,8 @@ class Buffers:
             return
         if self._unchanged() and not self._others:
             undo = bad > 0
-            for buffer, before in zip(self._live, self._kept, strict=True):
-                torch.where(undo, before, buffer, out=buffer)
+            for group in self._groups:
+                group.put_back_if(undo)
             return
         if self._other_form():
             if bad.item() > 0:
@@ -172,23 +174,25 @@ class Buffers:
         """Note which tensors are the buffers, with room for a copy of each."""
         self._listed = list(chain.from_iterable(self._views))
         self._held = [dict(tensors) for tensors in self._dicts]
-        self._live: list[Tensor] = []
-        self._kept: list[Tensor] = []
-        self._others: list[tuple[int, str]] = []  # those of them that a forward has put in place
-        copies = {}
-        for number, held in enumerate(self._held):
-            for name, tensor in held.items():
-                if tensor is None or tensor.numel() == 0:
-                    continue
-                copy = self._copies.get((number, name))
-                if copy is None or _layout(copy) != _layout(tensor):
-                    copy = tensor.detach().clone()
-                copies[number, name] = copy
-                self._live.append(tensor.detach())
-                self._kept.append(copy)
-                if self._own[number].get(name) is not tensor:
-                    self._others.append((number, name))
-        self._copies = copies
+        live = {
+            (number, name): tensor.detach()
+            for number, held in enumerate(self._held)
+            for name, tensor in held.items()
+            if tensor is not None and tensor.numel() > 0
+        }
+        # Those of them that a forward has put in place.
+        self._others = [
+            at for at in live if self._own[at[0]].get(at[1]) is not self._held[at[0]][at[1]]
+        ]
+        kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in live.values())
+        before = {group.form: group for group in self._groups}
+        self._groups = []
+        self._copies: dict[tuple[int, str], Tensor] = {}
+        for kind in kinds:
+            places = [at for at, tensor in live.items() if (tensor.dtype, tensor.device) == kind]
+            group = Copies([live[at] for at in places], before)
+            self._groups.append(group)
+            self._copies |= zip(places, group.kept, strict=True)
 
     def _put_back(self) -> None:
         if not self._unchanged():
@@ -203,8 +207,8 @@ class Buffers:
                     if name not in loose or kind == form_of(before):
                         tensors[name] = before
         if not self._others:
-            if self._live:
-                torch._foreach_copy_(self._live, self._kept)  # pyright: ignore[reportPrivateImportUsage] # as above
+            for group in self._groups:
+                group.put_back()
             return
         for (number, name), copy in self._copies.items():
             tensors, before = self._dicts[number], self._held[number][name]
@@ -248,7 +252,3 @@ class Buffers:
 def form_of(tensor: Tensor | None) -> str:
     """Return a tensor's type and shape, in words."""
     return "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()

@@ -19,6 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "cgroups",
         "checkpoint_folder",
+        "copies",
         "fitting",
         "heartbeat",
         "imported_code",

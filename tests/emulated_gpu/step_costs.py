@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.buffers import Buffers
 from dist_train.claim import open_run
 from dist_train.config import Config
 from dist_train.data.loaders import open_data
@@ -111,3 +112,23 @@ def test_gradients_of_two_types_are_gathered_by_two_kernels() -> None:
         gradients.collect()
         assert kernels.launches - before == 2
         assert [int(view[1, 2]) for view in gradients.views] == list(range(60))
+
+
+@pytest.mark.parametrize(("bad", "left"), [(0.0, 1.0), (1.0, 0.0)])
+def test_buffers_of_a_skipped_step_are_put_back_by_three_kernels_a_type(
+    bad: float, left: float
+) -> None:
+    net = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(20))).to("cuda")
+    with emulated() as kernels:
+        buffers, flag = Buffers(net), torch.full((), bad, device="cuda")
+        held = [buffer for name, buffer in net.named_buffers() if not name.endswith("var")]
+        starts = [kernels.launches]
+        buffers.remember()
+        starts.append(kernels.launches)
+        for buffer in held:
+            buffer.fill_(1.0)
+        starts.append(kernels.launches)
+        buffers.restore(flag)
+        starts.append(kernels.launches)
+        assert (starts[1] - starts[0], starts[3] - starts[2]) == (2, 1 + 3 * 2)
+        assert {float(buffer.sum() / buffer.numel()) for buffer in held} == {left}
