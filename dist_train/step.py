@@ -59,8 +59,8 @@ def train_step(parts: Parts, feed: Feed, *, step: int, generation: int = 0) -> l
     pulse.at("optimizer", step)
     if verdict == "apply":
         try:
-            if scaler is None:
-                parts.take_step()
+            if scaler is None or config.guards.lag == 0:
+                parts.take_step()  # a scaler would ask once more whether the gradients are finite
             else:
                 scaler.step(optimizer)
             if parts.ema is not None:
