@@ -824,6 +824,31 @@ def test_the_report_says_how_weights_lie(form: torch.memory_format) -> None:
     assert f"fp32, {name};" in as_text(report_of(results))
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-16GB", 125.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA GeForce RTX 4090", 165.0),
+        *((f"NVIDIA {name}", None) for name in ("T400 4GB", "T400", "A10", "A10G", "A1000", "L4")),
+        *((f"NVIDIA {name}", None) for name in ("L40", "GH200 480GB", "GB200", "H100 NVL")),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_name(name: str, peak: float | None) -> None:
+    found = peak_of(name, "fp16")
+    assert found == (None if peak is None else (1e12 * peak, "fp16"))
+
+
 def test_the_report_says_which_peak_it_means() -> None:
     launch = one()
     launch["ranks"][0] |= {"peak_flops_per_sec": 156e12, "peak_of": "TF32"}

@@ -1,5 +1,7 @@
 """What the device can do by itself: the measure of a step, and of the hour it was taken in."""
 
+import re
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -14,8 +16,8 @@ SIDE = {"cpu": 768, "cuda": 8192}
 REPEATS = {"cpu": 3, "cuda": 10}
 REFERENCE_BATCH = {"cpu": 32, "cuda": 2048}
 # Dense products without sparsity, in TFLOP/s, from the makers' data sheets: (bf16 or fp16, TF32,
-# fp32); without units for TF32 its number is fp32's. By a part of torch.cuda.get_device_name(); the
-# first that fits.
+# fp32); without units for TF32 its number is fp32's. By whole words of what
+# torch.cuda.get_device_name() gives; the first that fits.
 PEAKS = {
     "B200": (2250.0, 1125.0, 75.0),
     "H200": (989.0, 495.0, 67.0),
@@ -28,6 +30,8 @@ PEAKS = {
     "V100": (125.0, 15.7, 15.7),
     "T4": (65.0, 8.1, 8.1),
 }
+# Words of the names of slower ones of the same number, and of slices.
+NOT_THE_SAME = re.compile(r"\b(D|Laptop|MIG|Max-Q|NVL|SUPER|Ti)\b")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +61,9 @@ def peak_of(name: str, precision: str) -> tuple[float, str] | None:
 
     Convolutions in fp32 use TF32 where cuDNN may, which is torch's default.
     """
-    rates = next((rates for part, rates in PEAKS.items() if part in name), None)
-    if rates is None:
+    found = (rates for part, rates in PEAKS.items() if re.search(rf"\b{part}\b", name))
+    rates = next(found, None)
+    if rates is None or NOT_THE_SAME.search(name):
         return None
     half, tensor_float, single = rates
     if precision != "fp32":
