@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_train.distributed import Ranks
+from dist_train.pinned import pinned
 from dist_train.plan import Plan
 from dist_train.progress import Progress
 
@@ -90,8 +91,9 @@ class Meter:
                 float(save_wanted and first),
             ],
             dtype=torch.float64,
-            pin_memory=self._ranks.device.type == "cuda",
         )
+        if self._ranks.device.type == "cuda":
+            known = pinned(known)
         packed = torch.cat([self._sums(), known.to(self._ranks.device, non_blocking=True)])
         loss, correct, samples, stops, interval, saves = self._ranks.read_sum(packed)
         self._forget()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_train.config import GuardConfig
 from dist_train.gradients import Buffers
+from dist_train.pinned import pinned
 
 
 class NonFiniteError(RuntimeError):
@@ -39,7 +40,7 @@ class NonFiniteGuard:
         self._optimizer = optimizer
         self._scaler = scaler
         self._config = config
-        self._pinned = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         self._unread: tuple[int, Tensor, Any] | None = None  # step, host flag, its event
         self.skip_flag: Tensor | None = None  # lag=1: 0-d on the device, 1.0 if to be skipped
         self.consecutive = self._before = 0
@@ -61,9 +62,10 @@ class NonFiniteGuard:
         known = self.settle()
         self.skip_flag = (~torch.isfinite(grad_norm)).to(torch.float32)
         self._buffers.restore(self.skip_flag)
-        flag = torch.empty((), dtype=torch.float32, pin_memory=self._pinned)
+        flag = torch.empty((), dtype=torch.float32)
+        flag = pinned(flag) if self._on_gpu else flag
         flag.copy_(self.skip_flag, non_blocking=True)
-        event = torch.cuda.Event() if self._pinned else None
+        event = torch.cuda.Event() if self._on_gpu else None
         if event is not None:
             event.record()
         self._unread = (step, flag, event)

@@ -43,7 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("chain_status", "rendezvous", "torchrun_store"),
     ("agent", "buffers", "distributed", "memory", "muon", "own_memory", "plain_state", "plan"),
-    ("broken_device", "gradients", "overlap", "weights"),
+    ("broken_device", "gradients", "overlap", "pinned", "weights"),
     ("nonfinite", "optim", "parallel"),
     (
         "attribution",

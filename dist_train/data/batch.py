@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_train.config import DataConfig
 from dist_train.memory_format import laid_out
 from dist_train.order import StepShare, sample_uniform, seed_of
+from dist_train.pinned import pinned
 
 GROUP = 8  # a mixing partner comes from the same aligned group of positions
 
@@ -121,12 +122,12 @@ def mix(images: Tensor, labels: Tensor, mixing: Mixing, share: StepShare) -> Bat
 
 
 def copied_to(device: torch.device, array: np.ndarray) -> Tensor:
-    """Return an array as a tensor on the device; does not wait for it."""
+    """Return an array as a tensor on the device; waits only where no memory can be pinned."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
     # Pageable memory would wait, and what has gaps goes through such.
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return pinned(tensor.contiguous()).to(device, non_blocking=True)
 
 
 def _rectangle(centre: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:

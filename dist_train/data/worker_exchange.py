@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils.data import default_collate as stacked
 from dist_train.config.schema import ConfigError
 from dist_train.config.user_code import UserCodeError, told
 from dist_train.data.worker_dataset import WorkerPictures
+from dist_train.pinned import pinned
 
 NO_WORKERS = "set data.num_workers=0"
 
@@ -60,12 +61,24 @@ class InWorker(Dataset[Any]):
             return _trouble(error, key[0])
 
 
-def collate(items: list[Any]) -> Any:
+class Loaded(NamedTuple):
+    """A batch of items."""
+
+    images: Tensor
+    labels: Tensor
+
+    def pin_memory(self) -> "Loaded":
+        """Do what the DataLoader asks for; where no more can be pinned, nothing."""
+        return Loaded(pinned(self.images), pinned(self.labels))
+
+
+def collate(items: list[Any]) -> Loaded | Trouble:
     """Stack items as torch does; the first trouble among them counts for all."""
-    return next((item for item in items if isinstance(item, Trouble)), None) or stacked(items)
+    trouble = next((item for item in items if isinstance(item, Trouble)), None)
+    return trouble or Loaded(*stacked(items))
 
 
-def received(batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def received(batches: Iterator[Any]) -> Iterator[Loaded]:
     """Yield what workers send; raise what went wrong in one."""
     for batch in batches:
         if isinstance(batch, Trouble):
