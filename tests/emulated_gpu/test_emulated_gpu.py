@@ -23,6 +23,10 @@ SOME = {
         "tests/test_step_failures.py",
         *("-k", "short_of_memory_costs or on_one_rank and backward-overlap"),
     ),
+    "two GPUs": (
+        *("tests/test_multi_gpu.py", "-k"),
+        "exception and overlap or killed_rank and backward-1 or hangs and data-flat",
+    ),
     "rollback, checkpoints, measuring": (
         *("tests/test_rollback.py", "tests/test_bench.py", "tests/test_checkpoint.py"),
         "-k",
@@ -57,7 +61,9 @@ def test_some_on_an_emulated_gpu(what: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("file", ["tests/test_gpu.py", f"{HERE}/step_costs.py"])
+@pytest.mark.parametrize(
+    "file", ["tests/test_gpu.py", "tests/test_multi_gpu.py", f"{HERE}/step_costs.py"]
+)
 def test_all_that_needs_a_gpu(file: str) -> None:
     check_inside(file, num_gpus=2)
 
