@@ -41,6 +41,7 @@ def test_the_gpu_that_a_rank_takes() -> None:
         (by_number, arrival(1), "3"),
         (bound, arrival(1), "3"),  # SLURM's count over the node, CUDA's over the task
         (machine(1, env={"SLURM_STEP_GPUS": "0-1"}), arrival(1), "1"),
+        (machine(1, local_rank=3), arrival(1, gpus=["GPU-c", "GPU-d"]), "GPU-d"),  # two of its own
     )
     for one, came, name in cases:
         choice = choice_of(one, came, by_slurm=True)
