@@ -3,6 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 # (torch._foreach_*: many tensors by one kernel, as torch's own optimizers do)
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from torch import Tensor
 class Copies:
     """Copies of tensors of one dtype: torch would copy a list of several tensor by tensor."""
 
-    def __init__(self, live: list[Tensor], before: dict[tuple[object, ...], "Copies"]) -> None:
+    def __init__(self, live: list[Tensor], before: "Mapping[Any, Copies]") -> None:
         """Make room for copies of `live`; that of an earlier one of the same form is used again."""
         self.form = tuple(_layout(tensor) for tensor in live)
         self._live = live

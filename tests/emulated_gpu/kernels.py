@@ -127,9 +127,7 @@ class Kernels(TorchDispatchMode):
     def __init__(self, collectives: Collectives) -> None:
         super().__init__()
         self.launches = 0  # of kernels, as far as one operator on tensors is one
-        self.hidden: list[
-            str
-        ] = []  # operators that wait, which torch's debug mode tells nothing of
+        self.hidden: list[str] = []  # operators that wait without torch's debug mode's telling
         self.arrivals = Arrivals()
         self._collectives = collectives
 
