@@ -157,11 +157,11 @@ def _tell_changed_code(run: Run) -> None:
 
 
 def _tell_what_is_kept(run: Run, config: Config) -> None:
-    """Say which settings are those of the version that began this run, and take them."""
+    """Say which settings the run keeps where this command would now mean others, and take them."""
     given, kept = flatten(run.config), flatten(config)
     told = ", ".join(f"{key}={kept[key]}" for key in kept if kept[key] != given[key])
     if told:
-        run.say(f"an earlier version began this run, and it goes on as it was begun: {told}")
+        run.say(f"what the command leaves open is as this run was begun: {told}")
     run.config = config
 
 

@@ -24,7 +24,7 @@ class Gradients(Protocol):
     all_sent: bool  # whether the peers have all they wait for: too late to poison the sum
 
     def begin(self) -> None:
-        """Start an attempt at a step. Collective, but only for overlapped buckets."""
+        """Start an attempt at a step. Collective, but only for DDP's buckets."""
 
     def piece(self, *, last: bool) -> AbstractContextManager[None]:
         """Return the context of one micro-batch's forward and backward."""
@@ -35,6 +35,9 @@ class Gradients(Protocol):
 
     def give_up(self) -> None:
         """Forget a failed attempt; all ranks call it, or none."""
+
+    def close(self) -> None:
+        """Let go of what was made for them."""
 
     def norm(self) -> Tensor:
         """Return the global norm of the sum, 0-d, on the device."""
@@ -85,6 +88,9 @@ class FlatGradients:
             buffer.fill_(math.nan)
 
     def give_up(self) -> None:
+        return
+
+    def close(self) -> None:
         return
 
     def norm(self) -> Tensor:
@@ -174,6 +180,9 @@ class TreeGradients:
 
     def give_up(self) -> None:
         self._clear()
+
+    def close(self) -> None:
+        return
 
     def norm(self) -> Tensor:
         return self._flat.norm()

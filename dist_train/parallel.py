@@ -1,39 +1,45 @@
 """The model as a rank trains it: the same on all ranks, its gradients summed over them, clipped.
 
-With gradients.py and overlap.py the only files that know the wrappers and torch's versions.
+With gradients.py and ddp.py the only files that know the wrappers and torch's versions.
 """
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.buffers import Buffers, form_of
-from dist_train.config import Config, ConfigError, ParallelConfig
+from dist_train.config import Config, ConfigError
+from dist_train.ddp import BucketGradients, wrapped
 from dist_train.distributed import Ranks
 from dist_train.gradients import FlatGradients, Gradients, TreeGradients
-from dist_train.overlap import BucketGradients, is_tested
 from dist_train.own_memory import check_types, make_dense
 
 NOT_SENT = (torch.int16, torch.complex64, torch.complex128)  # by gloo as such
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How the gradients are summed over the ranks."""
+
+    name: Literal["flat", "ddp", "fixed"]
+    recoverable: bool = True  # whether one rank's failure in the middle can be taken back by all
 
 
 class Replica:
     """This rank's copy of the model, and how its gradients become those of the global batch.
 
     flat: every gradient is a view into one buffer, summed over the ranks in one all-reduce after
-    the last micro-batch. overlap: DDP reduces its buckets during the last backward. fixed: a sum
-    whose bits do not depend on the ranks. `recoverable` says whether one rank's failure in the
-    middle of a step can be taken back by all.
+    the last micro-batch. ddp: DDP reduces its buckets during the last backward. fixed: a sum whose
+    bits do not depend on the ranks. `recoverable` says whether one rank's failure in the middle of
+    a step can be taken back by all.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks, config: Config) -> None:
+    def __init__(self, module: nn.Module, ranks: Ranks, config: Config, form: Form) -> None:
         """Give every rank rank 0's weights and buffers. Collective.
 
         Raises:
@@ -50,22 +56,19 @@ class Replica:
         self._built = _parts_of(module)
         self._followed: list[str] = []  # buffers that are rank 0's at the begin of each step
         self.buffers = Buffers(module)
-        overlap = config.parallel.sync == "overlap" and config.train.order == "fast"
         _check_alike(module, ranks)
         self._begin_alike()
-        wrapped = overlap and ranks.control is not None
-        self.ddp = _wrap(module, config.parallel) if wrapped else None
-        self.recoverable = not config.parallel.sync_batchnorm  # its forward is collective
+        self.form: str = form.name
+        # The forward of SyncBatchNorm is collective.
+        self.recoverable = form.recoverable and not config.parallel.sync_batchnorm
         self._loss_weight: tuple[int, Tensor] | None = None
-        self.form = "flat"
-        if config.train.order == "fixed":
-            self.form = "fixed"
+        self.ddp = None
+        if form.name == "fixed":
             self.gradients: Gradients = TreeGradients(
                 self.params, ranks, self.buffers, config.train.num_shards
             )
-        elif self.ddp is not None:
-            self.form = "overlap"
-            self.recoverable = self.recoverable and is_tested(ranks)
+        elif form.name == "ddp":
+            self.ddp = wrapped(module, find_unused=config.parallel.find_unused_parameters)
             self.gradients = BucketGradients(
                 self.ddp, self.params, ranks, recoverable=self.recoverable
             )
@@ -74,7 +77,7 @@ class Replica:
 
     def __call__(self, images: Tensor) -> Any:
         """Forward; through DDP where its hooks reduce the gradients."""
-        if self.ddp is not None and self.form == "overlap":  # not while measured alone
+        if self.ddp is not None and self.form == "ddp":  # not while measured alone
             return self.ddp(images)
         return self.module(images)
 
@@ -119,6 +122,12 @@ class Replica:
             self.ranks, self.gradients, self.form = ranks, gradients, form
             self._loss_weight = None
 
+    def use_flat(self) -> None:
+        """Sum the gradients as one buffer from here on. All ranks call it, or none."""
+        self.close()
+        self.form, self._loss_weight = "flat", None
+        self.gradients = FlatGradients(self.params, self.ranks)
+
     def close(self) -> None:
         """Let go of DDP while its process group lives.
 
@@ -126,6 +135,7 @@ class Replica:
         lock, for which gloo's threads wait to free their last tensors (a hang, on torch 2.11).
         """
         self.ddp = None
+        self.gradients.close()
         del self.gradients
 
     def check_parts(self) -> None:
@@ -244,18 +254,4 @@ def _check_alike(module: nn.Module, ranks: Ranks) -> None:
     raise ConfigError(
         f"the ranks have built different models: rank 0's tensor {at} is {told[0]}, rank "
         f"{other}'s is {told[1]}; model.factory must not depend on the rank"
-    )
-
-
-def _wrap(module: nn.Module, config: ParallelConfig) -> DistributedDataParallel:
-    # torch 2.15 renamed broadcast_buffers. Buffers are agreed on before an evaluation instead.
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, bool] = {buffers: False}
-    return DistributedDataParallel(
-        module,
-        init_sync=False,  # they are alike
-        find_unused_parameters=config.find_unused_parameters,
-        gradient_as_bucket_view=True,
-        **options,  # type: ignore[arg-type] # one boolean, under either name
     )

@@ -24,6 +24,7 @@ from dist_train.config.user_code import (
     place,
     said,
 )
+from dist_train.ddp import NoGradientError
 from dist_train.memory import ONE_SAMPLE, is_out_of_memory, memory_in_use
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.parallel import Replica
@@ -63,7 +64,7 @@ class Failure:
     """What went wrong on a rank; strings, to be sent to the others."""
 
     rank: int
-    kind: Literal["memory", "mistake", "error"]
+    kind: Literal["memory", "no gradient", "mistake", "error"]
     text: str
     users: bool = False  # the user's own code: the text says where
     trace: str = ""
@@ -127,10 +128,12 @@ class Recovery:
         kind = "mistake" if isinstance(shown, ConfigError) else "error"
         if is_out_of_memory(error):
             kind = "memory"
+        elif isinstance(error, NoGradientError):
+            kind = "no gradient"
         failure = Failure(
             rank=self._replica.ranks.rank,
             kind=kind,
-            text=text if shown is error and kind != "mistake" else str(shown),
+            text=text if shown is error and kind in ("memory", "error") else str(shown),
             users=isinstance(shown, UserCodeError),
             trace="".join(traceback.format_exception(error)),
             memory=memory_in_use(self._replica.ranks.device) if kind == "memory" else "",
@@ -222,7 +225,7 @@ class Recovery:
         if current:
             self._replica.buffers.restore()
             self._replica.gradients.give_up()
-        worst = next((f for f in found if f.kind != "memory"), None)
+        worst = next((f for f in found if f.kind not in ("memory", "no gradient")), None)
         if worst is not None and self.shortage and ONE_SAMPLE in worst.text:
             raise _failed(
                 worst,
@@ -233,6 +236,9 @@ class Recovery:
             raise ConfigError(worst.text)
         if worst is not None:
             raise _failed(worst, f"rank {worst.rank} failed at step {step}: {worst.text}")
+        without = next((f for f in found if f.kind == "no gradient"), None)
+        if without is not None:
+            return self._repeat_without_ddp(without, step, current=current)
         if found:
             return self._repeat_smaller(found, step, current=current)
         self._repeated = -1
@@ -240,6 +246,24 @@ class Recovery:
             {"event": "skipped_step", "step": step, "reason": "gradient norm is not finite"}
         )
         return "skip"
+
+    def _repeat_without_ddp(self, first: Failure, step: int, *, current: bool) -> Verdict:
+        """Sum the gradients as one buffer from here on, which takes a missing one as zeros.
+
+        Raises:
+            ConfigError: DDP was asked for, or guards.lag=1 tells of the step too late.
+        """
+        told = f"step {step} on rank {first.rank}: {first.text}"
+        if self._config.parallel.sync != "auto" or not current:
+            raise ConfigError(
+                f"{told}, and DDP waits for its gradient: set parallel.sync=flat, or "
+                "parallel.find_unused_parameters=true"
+            )
+        self._guard.take_back()
+        self._replica.use_flat()
+        say = f"{told}: from here on parallel.sync=flat, which needs no gradient of every parameter"
+        self.events.append({"event": "flat_sum", "step": step, "say": say, "reason": first.text})
+        return "retry"
 
     def _repeat_smaller(self, found: list[Failure], step: int, *, current: bool) -> Verdict:
         first, ranks, now = found[0], self._replica.ranks, self._largest()

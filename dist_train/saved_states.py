@@ -42,10 +42,28 @@ class SavedStates:
         self._folder = folder
         self._ranks = ranks
         self._warn = warn
+        self._found: tuple[str | None, dict[str, Any]] | None = None  # by `facts`, till it is read
         self._bytes = b""  # of what was found, on rank 0, until it is handed out
         self._start: bytes | None = None  # of this attempt, on rank 0, until one is saved
         # Waits for the save that is under way, once there is a writer.
         self.wait: Callable[[], object] = lambda: tidy(folder.checkpoints)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the surroundings of the state that `newest` returns next. Collective.
+
+        Empty if there is none.
+
+        Raises:
+            BadCheckpointError: there are checkpoints, and none is good.
+        """
+
+        def look() -> tuple[str | None, dict[str, Any]]:
+            origin = self._find(going_back=False)
+            found = None if origin is None else outline(self._bytes).get("facts")
+            return origin, found if isinstance(found, dict) else {}
+
+        self._found = self._ranks.from_first(look)
+        return self._found[1]
 
     def newest(self, *, going_back: bool = False) -> tuple[str, dict[str, Any]] | None:
         """Return the newest good state's place and content on all ranks. Collective.
@@ -60,7 +78,11 @@ class SavedStates:
         Raises:
             BadCheckpointError: there are checkpoints, and none is good.
         """
-        origin = self._ranks.from_first(lambda: self._find(going_back=going_back))
+        if self._found is None or going_back:
+            origin = self._ranks.from_first(lambda: self._find(going_back=going_back))
+        else:
+            origin = self._found[0]
+        self._found = None
         if origin is None:
             return None
         state = load_state(self._ranks.broadcast_bytes(self._bytes or None))

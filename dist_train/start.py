@@ -40,6 +40,7 @@ from dist_train.recovery import Recovery
 from dist_train.run import Run
 from dist_train.run_folder import cpu_name
 from dist_train.state import Parts
+from dist_train.sync_form import choose_form
 from dist_train.tasks import classification as task
 from dist_train.trial import blank
 
@@ -80,13 +81,10 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
     mixed = _mixed_hardware(ranks.gather(_hardware(ranks.device)))
     if mixed is not None:
         run.warn(f"{mixed}: last bits of their sums may differ, and with them in time the replicas")
-    replica = Replica(model, ranks, config)
-    if replica.form == "overlap" and not replica.recoverable:
-        run.warn(
-            "parallel.sync=overlap: a rank that runs out of memory or raises in a step ends the "
-            f"run, as recovery is not proven for torch {torch.__version__} on these devices; "
-            "parallel.sync=flat recovers"
-        )
+    choice = choose_form(config, ranks, run.states.facts())
+    run.warn(choice.warning)
+    run.say(choice.remark)
+    replica = Replica(model, ranks, config, choice.form)
     optimizer = build_optimizer(replica.module, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type) if precision == "fp16" else None
     if scaler is not None:

@@ -8,6 +8,7 @@ import torch
 
 from dist_train.checkpoint_folder import BadCheckpointError
 from dist_train.config import Config, ConfigError
+from dist_train.config.earlier import SYNC
 from dist_train.drift import DriftCheck
 from dist_train.metrics import Meter
 from dist_train.nonfinite import NonFiniteGuard
@@ -16,6 +17,7 @@ from dist_train.parallel import Replica
 from dist_train.plan import Plan
 from dist_train.progress import Progress
 from dist_train.recovery import Recovery
+from dist_train.sync_form import form_of
 from dist_train.weights import load_weights, weights_of
 
 # Among the facts: of imported_code, and of the data, which are told of in words.
@@ -53,7 +55,7 @@ def capture(
         "ema": None if parts.ema is None else parts.ema.state_dict(),
         "recovery": parts.recovery.state_dict(),
         "meter": {} if meter is None else meter.state_dict(),
-        "facts": facts,
+        "facts": facts | {SYNC: parts.replica.form},  # a trial step may have changed it
     }
 
 
@@ -102,7 +104,9 @@ def check_facts(facts: dict[str, Any], now: dict[str, Any], origin: str) -> list
         )
     facts = {"model.memory_format": "channels_last"} | facts  # before there was a choice
     free = {"data", CODE, CONTENT}
-    if now["parallel.sync"] == "fixed":
+    if SYNC in facts:
+        facts |= {SYNC: form_of(facts)}
+    if now[SYNC] == "fixed":
         free.add("world_size")
     told = []
     if facts.get(CONTENT, now[CONTENT]) not in ("", now[CONTENT]):
@@ -126,7 +130,7 @@ def run_facts(parts: Parts, data: dict[str, Any], content: str, cpu: str) -> dic
         "data": data,
         CONTENT: content,
         "world_size": ranks.world_size,
-        "parallel.sync": parts.replica.form,
+        SYNC: parts.replica.form,
         "precision": parts.precision,
         "model.memory_format": parts.memory_format,
         "model.compile": parts.config.model.compile,

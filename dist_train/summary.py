@@ -27,6 +27,7 @@ def make_summary(
         "precision": parts.precision,
         "precision_asked": parts.config.precision,
         "memory_format": parts.memory_format,
+        "sync": parts.replica.form,
         "steps": progress.step,
         "epochs": round(parts.plan.epoch(progress.step), 4),
         "global_batch_size": parts.plan.global_batch_size,

@@ -18,7 +18,7 @@ PLACES = (
     "before the backward",
     "backward",
     "after the last gradient",
-    "before the all-reduce",  # overlap: too late, and out of reach
+    "before the all-reduce",  # ddp: too late, and out of reach
     "optimizer",  # out of reach in every form
 )
 KINDS = ("memory", "real memory", "error", "sticky", "nan", "inf")
@@ -53,7 +53,7 @@ class SmallBuckets(DistributedDataParallel):
 
     @functools.wraps(DistributedDataParallel.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, bucket_cap_mb=0.0001, **kwargs)
+        super().__init__(*args, **{"bucket_cap_mb": 0.0001} | kwargs)
 
 
 class _RaiseInBackward(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _RaiseInBackward(torch.autograd.Function):
 @contextmanager
 def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
     """Arm this rank's faults around `train(config)`."""
-    from dist_train import overlap, parallel
+    from dist_train import ddp
     from dist_train import step as step_module
     from dist_train import train as loop
     from dist_train.data.memory_loader import MemoryLoader
@@ -189,8 +189,8 @@ def faulty(faults: tuple[StepFault, ...]) -> Iterator[Clock]:
         wrap(step_module.task, "outcome", summing)
         wrap(step_module, "_accumulate", accumulating)
         wrap(MemoryLoader, "_augmented", loading)
-        wrap(overlap.BucketGradients, "_hook", hooking)
-        stack.enter_context(mock.patch.object(parallel, "DistributedDataParallel", SmallBuckets))
+        wrap(ddp.BucketGradients, "_hook", hooking)
+        stack.enter_context(mock.patch.object(ddp, "DistributedDataParallel", SmallBuckets))
         stack.enter_context(mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 100))
         yield clock
 

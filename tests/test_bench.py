@@ -363,7 +363,7 @@ def test_strong_and_weak_scaling_meet_at_the_largest_count() -> None:
         ([two(full=0.030)], "data", "data.loader=memory"),
         ([own_loading(two(full=0.021), 0.018, 0.018)], "data", "data.crop_padding"),
         ([two(slow=1.9, ready=0.0162, full=0.0163)], "waiting", "Rank 1 on node1 takes 1.90 times"),
-        ([two(ready=0.030, full=0.0301)], "all_reduce", "parallel.sync=overlap"),
+        ([two(ready=0.030, full=0.0301)], "all_reduce", "parallel.sync=ddp"),
         ([two(alone=0.020, ready=0.0202, full=0.0203)], "host", "Python needs"),
         ([two(alone=0.0071, ready=0.0072, full=0.0072)], "compute", "precision=bf16"),
         ([now_and_then(0.004, data=0.0018)], "data", "data.loader=memory"),  # they wait 0.0020
@@ -382,13 +382,13 @@ def test_the_largest_loss_is_what_to_change_first(
     assert words in advice["text"]
 
 
-@pytest.mark.parametrize(("sync", "hides"), [("flat", True), ("overlap", False), ("fixed", False)])
+@pytest.mark.parametrize(("sync", "hides"), [("flat", True), ("ddp", False), ("fixed", False)])
 def test_overlap_is_advised_where_it_can_be_had(sync: str, hides: bool) -> None:
     [setup] = setups_of([(2, 0)], 64, ("strong",))
     [result] = results_of([(setup, [two(ready=0.030, full=0.0301)])])
     advice = advice_for(result | {"sync": sync, "gradient_bytes": 1320})
     assert advice is not None
-    assert ("parallel.sync=overlap" in advice["text"]) == hides
+    assert ("parallel.sync=ddp" in advice["text"]) == hides
     assert "0.00132 MB" in advice["text"]
 
 
@@ -662,7 +662,7 @@ def test_the_page_holds_all_of_the_report(tmp_path: Path) -> None:
     text = page.read_text()
     assert "<svg" in text
     assert "http" not in text.split("<svg")[0], "it needs nothing from elsewhere"
-    assert "parallel.sync=overlap" in text
+    assert "parallel.sync=ddp" in text
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

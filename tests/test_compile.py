@@ -52,7 +52,7 @@ def config_of(run_dir: Path, *options: str) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_compiled_steps_learn_as_the_others(sync: str, tmp_path: Path) -> None:
     words = (f"parallel.sync={sync}", "train.micro_batch_size=7", "model.compile=true")
     [(compiled, graphs), _] = run_ranks(trained, 2, config_of(tmp_path / "a", *words), "aot_eager")

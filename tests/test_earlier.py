@@ -130,7 +130,7 @@ def test_the_run_goes_on_as_it_was_begun(runs: Path, capsys: Any) -> None:
     summary = train(compose([*COMMAND, "train.steps=6"]).config)
     told = capsys.readouterr().out
     assert summary["run_dir"] == str(runs / NAME)
-    assert "an earlier version began this run, and it goes on as it was begun: " in told
+    assert "what the command leaves open is as this run was begun: " in told
     assert "data.augment=standard" in told
     assert f"{NAME}/checkpoints/step_00000004 at step 4" in told
 

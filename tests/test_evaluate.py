@@ -99,7 +99,7 @@ def failing(config: Config) -> dict[str, Any]:
         return loop.train(config)
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_an_exception_on_one_rank_in_an_evaluation_is_the_same_failure_on_all(
     sync: str, tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(
         (("train.global_batch_size=3",), "raise the former"),
         (("train.micro_batch_size=2",), "unset train.micro_batch_size"),
         (("threads=2",), "unset threads"),
-        (("parallel.sync=overlap",), "unset it"),
+        (("parallel.sync=ddp",), "unset it"),
     ],
 )
 def test_what_does_not_go_with_fixed_order_is_refused(

@@ -29,7 +29,7 @@ def trained(config: Config) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_one_rank_on_nccl_learns(precision: str, sync: str, tmp_path: Path) -> None:
     options = (f"precision={precision}", f"parallel.sync={sync}", "train.epochs=8", "optim.lr=0.05")
     summary = run_ranks(trained, 1, small(tmp_path, *GPU, *options))[0]

@@ -38,7 +38,7 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("net", "tolerance"), [("double_net", 1e-12), ("plain_net", 5e-5)])
 def test_gradients_of_2_and_3_ranks_equal_those_of_one(

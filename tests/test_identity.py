@@ -91,7 +91,7 @@ def test_what_changes_the_result_makes_another_run(key: str) -> None:
         ("train.epochs", 7),
         ("train.steps", 7),
         ("train.micro_batch_size", 7),
-        ("parallel.sync", "overlap"),
+        ("parallel.sync", "ddp"),
         ("data.root", "/elsewhere"),
         ("data.num_workers", 7),
         ("checkpoint.keep_last", 7),

@@ -43,8 +43,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("chain_status", "rendezvous", "torchrun_store"),
     ("agent", "buffers", "distributed", "memory", "muon", "own_memory", "plain_state", "plan"),
-    ("broken_device", "gradients", "overlap", "pinned", "weights"),
-    ("nonfinite", "optim", "parallel"),
+    ("broken_device", "ddp", "gradients", "pinned", "weights"),
+    ("ddp_check", "nonfinite", "optim", "parallel"),
     (
         "attribution",
         "checkpoint",
@@ -57,7 +57,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "tracking",
         "wandb_tracker",
     ),
-    ("build", "drift", "failure"),
+    ("build", "drift", "failure", "sync_form"),
     ("checkpoint_writer", "resumable", "run_folder", "smallest", "state", "watchdog"),
     ("checkpoint_tool", "saves", "summary"),
     ("saved_states",),
@@ -91,6 +91,7 @@ LATE = {
     ("dist_train/__main__.py", "dist_train.train"),
     ("dist_train/build.py", "torch._dynamo"),  # only to compile a model
     ("dist_train/build.py", "torch._dynamo.callback"),
+    ("dist_train/ddp_check.py", "torch._dynamo"),  # what DDP imports anyway: not on its clock
     ("dist_train/agent.py", "torch.distributed"),  # after it has begun to listen
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing"),
     ("dist_train/agent.py", "torch.distributed.elastic.multiprocessing.errors"),

@@ -57,7 +57,7 @@ def weights_after(config: Config) -> tuple[dict[str, Any], list[Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_a_first_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     lag: int, precision: str, sync: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

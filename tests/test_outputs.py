@@ -104,7 +104,7 @@ def test_an_output_of_another_kind_is_refused(
             pytest.param(kind, words, marks=pytest.mark.slow)
             for kind, words in (
                 ("one", "train.order=fixed train.num_shards=4"),
-                ("two", "parallel.sync=overlap"),
+                ("two", "parallel.sync=ddp"),
                 ("dictionary", "train.micro_batch_size=auto eval.views=2"),
                 ("two", "model.activation_checkpointing=true precision=bf16"),
             )

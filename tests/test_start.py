@@ -14,7 +14,7 @@ from dist_train import build
 from dist_train.build import agreed_precision
 from dist_train.config import Config, ConfigError
 from dist_train.distributed import start_ranks
-from dist_train.parallel import Replica
+from dist_train.parallel import Form, Replica
 from tests.ranks import run_ranks
 from tests.settings import small
 
@@ -34,20 +34,19 @@ class Net(nn.Module):
         self.register_buffer("count", torch.tensor(int(value)))
 
 
-def weights_of(config: Config, width: int) -> list[Tensor]:
+def weights_of(config: Config, width: int, form: Form) -> list[Tensor]:
     """Return this rank's tensors once wrapped; each rank starts from its own number."""
     with start_ranks(config) as ranks:
         net = Net(float(ranks.rank + 1), width if ranks.rank == 1 else 3)
-        replica = Replica(net, ranks, config)
+        replica = Replica(net, ranks, config, form)
         found = [t.detach().clone() for t in (*net.parameters(), *net.buffers())]
         replica.close()
     return found
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
-def test_all_ranks_begin_with_rank_0s_weights_and_buffers(sync: str, tmp_path: Path) -> None:
-    config = small(tmp_path / "run", f"parallel.sync={sync}")
-    for found in run_ranks(weights_of, 2, config, 3):
+@pytest.mark.parametrize("form", [Form(name="flat"), Form(name="ddp")])
+def test_all_ranks_begin_with_rank_0s_weights_and_buffers(form: Form, tmp_path: Path) -> None:
+    for found in run_ranks(weights_of, 2, small(tmp_path / "run"), 3, form):
         for tensor in found:
             assert torch.equal(tensor, torch.ones_like(tensor))
 
@@ -64,7 +63,7 @@ def test_ranks_with_different_models_are_told_where(tmp_path: Path) -> None:
 def refusal(config: Config) -> str:
     """Return what a rank is told whose peer has another model."""
     try:
-        weights_of(config, 7)
+        weights_of(config, 7, Form(name="flat"))
     except ConfigError as error:
         return str(error)
     return "nothing"

@@ -14,8 +14,9 @@ import torch
 from dist_train.broken_device import is_broken_device
 from dist_train.chain import read as read_chain
 from dist_train.config import Config
+from dist_train.ddp import BucketGradients
+from dist_train.ddp_check import Found
 from dist_train.memory import NO_ENGINE, is_out_of_memory
-from dist_train.overlap import BucketGradients
 from dist_train.recovery import Recovery, StepFailedError
 from tests import step_faults
 from tests.ranks import free_port, run_ranks, start_ranks_of
@@ -124,14 +125,14 @@ def memory_faults(world_size: int, sync: str) -> Iterator[tuple[str, tuple[StepF
             for layer in (0, 5, 11):
                 fault = StepFault(ranks=(last,), step=step, place=place, layer=layer)
                 yield f"{place} {layer}, step {step}", (fault,)
-    for step in (0, 1, 2) if sync == "overlap" else ():
+    for step in (0, 1, 2) if sync == "ddp" else ():
         for bucket in range(4):
             fault = StepFault(ranks=(last,), step=step, place=f"bucket {bucket}")
             yield f"before bucket {bucket}, step {step}", (fault,)
     for place in ("forward", "backward"):
         fault = StepFault(ranks=(last,), step=TRIAL, place=place, layer=5)
         yield f"{place} 5 of the trial step", (fault,)
-    if sync == "overlap":
+    if sync == "ddp":
         yield "rank 0 before bucket 2", (StepFault(ranks=(0,), step=1, place="bucket 2"),)
     yield "rank 0", (StepFault(ranks=(0,), step=1, place="backward"),)
     both = (
@@ -162,7 +163,7 @@ def accumulated(world_size: int, sync: str) -> Iterator[tuple[str, tuple[StepFau
                 fault = StepFault(ranks=(last,), step=step, place=place, piece=piece)
                 yield f"{place}, piece {piece} of 4, step {step}", (fault,)
         late = ("after the last gradient",)
-        late += tuple(f"bucket {k}" for k in range(4)) if sync == "overlap" else ()
+        late += tuple(f"bucket {k}" for k in range(4)) if sync == "ddp" else ()
         for place in late:
             fault = StepFault(ranks=(last,), step=step, place=place, piece=3)
             yield f"{place}, piece 3 of 4, step {step}", (fault,)
@@ -272,7 +273,7 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_a_rank_short_of_memory_costs_a_repeated_step(sync: str, tmp_path: Path) -> None:
     scenarios = list(memory_faults(2, sync))
     chosen = [
@@ -283,14 +284,14 @@ def test_a_rank_short_of_memory_costs_a_repeated_step(sync: str, tmp_path: Path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_short_of_memory_anywhere_in_a_step(sync: str, world_size: int, tmp_path: Path) -> None:
     check_all(tmp_path, world_size, list(memory_faults(world_size, sync)), f"parallel.sync={sync}")
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_short_of_memory_while_accumulating(sync: str, world_size: int, tmp_path: Path) -> None:
     options = (f"parallel.sync={sync}", f"train.micro_batch_size={24 // world_size // 4}")
@@ -300,20 +301,20 @@ def test_short_of_memory_while_accumulating(sync: str, world_size: int, tmp_path
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_short_of_memory_with_unused_parameters(world_size: int, tmp_path: Path) -> None:
-    options = ("parallel.sync=overlap", "parallel.find_unused_parameters=true")
+    options = ("parallel.sync=ddp", "parallel.find_unused_parameters=true")
     options = (*options, "model.factory=tests.nets:unused_net")
-    check_all(tmp_path, world_size, list(memory_faults(world_size, "overlap")), *options)
+    check_all(tmp_path, world_size, list(memory_faults(world_size, "ddp")), *options)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_not_finite_anywhere_in_a_step(sync: str, world_size: int, tmp_path: Path) -> None:
     check_all(tmp_path, world_size, list(not_finite(world_size)), f"parallel.sync={sync}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_memory_and_then_a_nan_drop_the_one_and_skip_the_other(sync: str, tmp_path: Path) -> None:
     options = (*SETTINGS, f"parallel.sync={sync}")
     faults = (
@@ -329,7 +330,7 @@ def test_memory_and_then_a_nan_drop_the_one_and_skip_the_other(sync: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize("place", ["copy", "forward", "backward", "before the backward"])
 def test_an_exception_on_one_rank_is_the_same_failure_on_all(
     sync: str, place: str, tmp_path: Path
@@ -377,26 +378,27 @@ def test_a_shortage_in_the_optimizer_ends_all_and_the_restart_uses_smaller_piece
     assert [o.value.sizes for o in outcomes] == [[6] * NUM_STEPS] * 2, outcomes[0].trace
 
 
-def follow_unproven(config: Config, faults: tuple[StepFault, ...]) -> Ended:
-    with mock.patch("dist_train.overlap.TESTED", set()):
+def follow_unrecoverable(config: Config, faults: tuple[StepFault, ...]) -> Ended:
+    found = Found(sums=True, recovers=False, reason="rank 1: so it is told")
+    with mock.patch("dist_train.sync_form.try_ddp", return_value=found):
         return follow(config, faults, {})
 
 
 @pytest.mark.slow
-def test_where_recovery_is_not_proven_the_restart_uses_smaller_pieces(tmp_path: Path) -> None:
+def test_where_ddp_cannot_recover_the_restart_uses_smaller_pieces(tmp_path: Path) -> None:
     fault = StepFault(ranks=(1,), step=2, place="backward")
-    config = small(tmp_path, *SETTINGS, "parallel.sync=overlap")
+    config = small(tmp_path, *SETTINGS, "parallel.sync=ddp")
     chain = {"DIST_TRAIN_CHAIN": "one start"}
-    outcomes = start_ranks_of(follow_unproven, 2, config, (fault,), env=chain)
+    outcomes = start_ranks_of(follow_unrecoverable, 2, config, (fault,), env=chain)
     told = "rank 1 failed at step 2: OutOfMemoryError: CUDA out of memory (injected)"
     assert str(outcomes[0].error) == told, outcomes[0].trace
     assert not [e for e in _events(tmp_path) if e["event"] == "out_of_memory"]
     restarted = chain | {"TORCHELASTIC_RESTART_COUNT": "1"}
-    outcomes = start_ranks_of(follow_unproven, 2, config, (), env=restarted)
+    outcomes = start_ranks_of(follow_unrecoverable, 2, config, (), env=restarted)
     assert [o.value.sizes for o in outcomes] == [[6] * NUM_STEPS] * 2, outcomes[0].trace
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_a_device_that_takes_no_more_work_ends_all_at_once(sync: str, tmp_path: Path) -> None:
     fault = StepFault(ranks=(1,), step=2, place="backward", kind="sticky")
     config = small(tmp_path, *SETTINGS, f"parallel.sync={sync}")
@@ -453,17 +455,17 @@ def give_up_on_rank_0(self: BucketGradients) -> None:
 DEFECTS = {
     "does not poison": ("dist_train.gradients.FlatGradients.poison", nothing, "flat"),
     "does not restore buffers": ("dist_train.gradients.Buffers.restore", nothing, "flat"),
-    "does not reset": ("dist_train.overlap.BucketGradients.give_up", nothing, "overlap"),
+    "does not reset": ("dist_train.ddp.BucketGradients.give_up", nothing, "ddp"),
     "does not hold back the last bucket": (
-        "dist_train.overlap.BucketGradients._after_backward",
+        "dist_train.ddp.BucketGradients._after_backward",
         at_once,
-        "overlap",
+        "ddp",
     ),
-    "does not poison buckets": ("dist_train.overlap.BucketGradients._poison", nothing, "overlap"),
+    "does not poison buckets": ("dist_train.ddp.BucketGradients._poison", nothing, "ddp"),
     "resets on one rank only": (
-        "dist_train.overlap.BucketGradients.give_up",
+        "dist_train.ddp.BucketGradients.give_up",
         give_up_on_rank_0,
-        "overlap",
+        "ddp",
     ),
     "skips on one rank only": (
         "dist_train.recovery.Recovery._repeat_smaller",
@@ -499,7 +501,7 @@ def test_a_recovery_with_a_defect_is_noticed(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_what_notices_defects_passes_without_one(sync: str, tmp_path: Path) -> None:
     check_those_that_notice(tmp_path, sync)
 
@@ -616,11 +618,3 @@ def test_the_largest_size_that_fits_is_found_with_a_margin(limit: int) -> None:
     found = largest_that_fits(64, attempt)
     assert found <= limit
     assert found >= (64 if limit == 64 else max(1, int(0.75 * limit)))
-
-
-def test_overlap_is_recoverable_on_the_torch_that_is_tested(tmp_path: Path) -> None:
-    assert BucketGradients is not None
-    from dist_train.overlap import TESTED
-
-    release = ".".join(str(torch.__version__).split(".")[:2])
-    assert (release, "gloo") in TESTED, "run this file, then add the release to overlap.TESTED"

@@ -95,7 +95,7 @@ def test_a_rank_that_hangs_is_named_and_killed(
 def test_victims_that_wait_inside_their_backward_are_not_blamed(tmp_path: Path) -> None:
     folder, mark = tmp_path / "run", tmp_path / "fired"
     fault = Fault(rank=1, step=STEP, place="in the forward", kind="c call", mark=str(mark))
-    outcomes = start_ranks_of(train_with, 2, small(folder, *QUICK, "parallel.sync=overlap"), fault)
+    outcomes = start_ranks_of(train_with, 2, small(folder, *QUICK, "parallel.sync=ddp"), fault)
     assert mark.exists(), "the fault never fired"
     assert outcomes[1].exit_code == -signal.SIGKILL
     event, report = the_hang(folder)

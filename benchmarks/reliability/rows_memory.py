@@ -29,7 +29,7 @@ REAL = 5  # every so many trials the allocator itself refuses
 def o1(trial: Trial) -> float | None:
     """One rank runs out of memory somewhere in a step; all repeat it in smaller pieces."""
     dice = trial.dice
-    world_size, sync = 2 + dice.randrange(2), dice.choice(("flat", "overlap"))
+    world_size, sync = 2 + dice.randrange(2), dice.choice(("flat", "ddp"))
     pieces = dice.choice((1, 1, 4))
     late = ("before the all-reduce",) if sync == "flat" else (f"bucket {dice.randrange(4)}",)
     place = dice.choice((*PLACES, *late))

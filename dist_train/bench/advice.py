@@ -109,7 +109,7 @@ def _all_reduce(result: dict[str, Any], sec: float) -> str:
     size = result["gradient_bytes"] / 1e6
     rate = result["gradient_bytes"] / max(sec, 1e-9) / 1e9
     cure = (
-        "parallel.sync=overlap hides it behind the backward, and a larger batch makes it rarer"
+        "parallel.sync=ddp hides it behind the backward, and a larger batch makes it rarer"
         if result["sync"] == "flat"
         else "a larger batch makes it rarer, and `dist-train doctor` measures the links"
     )

@@ -184,7 +184,7 @@ def step_of(result: dict[str, Any]) -> Step | None:
         after_sec=parts["optimizer"],
         jitter_sec=result["jitter_sec"],
         gradient_times=tuple((size, sec / last) for size, sec in result["gradient_times"]),
-        overlapped=result["sync"] == "overlap",
+        overlapped=result["sync"] == "ddp",
     )
 
 

@@ -175,9 +175,9 @@ def _check_fixed_order(config: Config) -> None:
             "model.compile=true may add up in another order for another shape: unset it for "
             "train.order=fixed"
         )
-    if config.parallel.sync == "overlap":
+    if config.parallel.sync == "ddp":
         raise ConfigError(
-            "parallel.sync=overlap adds up in DDP's order: unset it for train.order=fixed"
+            "parallel.sync=ddp adds up in DDP's order: unset it for train.order=fixed"
         )
     if config.parallel.sync_batchnorm:
         raise ConfigError(

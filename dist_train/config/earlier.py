@@ -22,6 +22,8 @@ LATER: dict[str, Any] = {
     "data.resize": "always",
 }
 
+SYNC = "parallel.sync"  # it is in no hash, and auto goes on as the run was begun
+
 # Values of such settings that follow from older ones of a command.
 FOLLOWING: dict[str, tuple[Any, ...]] = {"data.resize": ("needed",)}
 
@@ -101,6 +103,15 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
 def missing_in(values: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings of LATER that a run's config.yaml does not name."""
     return tuple(key for key in LATER if not _has(values, key.split(".")))
+
+
+def with_its_choices(config: Config, saved: Config) -> Config:
+    """Return `config` with what the run of `saved` was told where this command says auto.
+
+    Before there was parallel.sync=auto, flat was the default.
+    """
+    sync = saved.parallel.sync
+    return with_values(config, {SYNC: sync}) if config.parallel.sync == "auto" else config
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

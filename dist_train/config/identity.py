@@ -6,7 +6,13 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from dist_train.config.earlier import LATER, former_meanings, keys_missing, later_defaults
+from dist_train.config.earlier import (
+    LATER,
+    former_meanings,
+    keys_missing,
+    later_defaults,
+    with_its_choices,
+)
 from dist_train.config.redact import mask, redact
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.typed import flatten, plain
@@ -136,12 +142,14 @@ def name_of(config: Config) -> str:
 def as_begun(config: Config, saved: Config, run_dir: Path) -> Config:
     """Return what `config` means for the run in `run_dir`, whose settings are `saved`.
 
-    That is `config`, but where an earlier version began the run, what the same command meant then.
+    That is `config`, but where an earlier version began the run, what the same command meant then;
+    and what the command leaves to be chosen is as the run was told before.
 
     Raises:
         ConfigError: they are of two different runs.
     """
     missing = keys_missing(run_dir)
+    config = with_its_choices(config, saved)
     if _changed(config, saved) and missing:
         for former in former_meanings(config, missing):
             if not _changed(former, saved):

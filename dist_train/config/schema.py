@@ -46,7 +46,9 @@ class ParallelConfig:
     """How the ranks share the work and find each other."""
 
     name: Literal["ddp"] = "ddp"
-    sync: Literal["flat", "overlap"] = "flat"
+    # ddp: in buckets, while the backward still runs; flat: as one buffer, after it. auto: ddp on
+    # GPUs, where a failure in a step can be taken back; what a run has begun with it goes on with.
+    sync: Literal["auto", "ddp", "flat"] = "auto"
     find_unused_parameters: bool = False
     sync_batchnorm: bool = False
     start_timeout_sec: float = 1800.0  # until every rank has registered and taken its first step

@@ -60,7 +60,7 @@ VALUES: dict[str, dict[str, str]] = {
         "nchw": "contiguous",
         "contiguous_format": "contiguous",
     },
-    "parallel.sync": {"ddp": "flat", "bucketed": "overlap"},
+    "parallel.sync": {"distributeddataparallel": "ddp", "bucketed": "ddp"},
     "train.micro_batch_size": {"max": "auto"},
     "tracking.wandb.mode": {
         "true": "auto",
@@ -69,6 +69,9 @@ VALUES: dict[str, dict[str, str]] = {
         "off": "disabled",
     },
 }
+
+# {our key: {what earlier versions called a value: what it is called now}}: read as that.
+FORMER: dict[str, dict[str, str]] = {"parallel.sync": {"overlap": "ddp"}}
 
 
 def value_for(key: str, typed: Any, choices: Iterable[Any]) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 from tests.emulated_gpu.build import ROOT, variables
 
@@ -23,14 +24,15 @@ def check_inside(*arguments: str, num_gpus: int = 4, timeout_sec: float = 900.0)
         AssertionError: one failed or was skipped, or there is none.
     """
     command = [sys.executable, "-m", "pytest", "-q", *PLUGINS, *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=variables(num_gpus),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_sec,
-    )
+    with tempfile.TemporaryDirectory() as caches:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=variables(num_gpus) | {"XDG_CACHE_HOME": caches},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_sec,
+        )
     assert done.returncode == 0, f"on {num_gpus} emulated GPUs:\n{done.stdout[-20_000:]}"
     assert " skipped" not in done.stdout, done.stdout[-5000:]

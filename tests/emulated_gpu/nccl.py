@@ -69,7 +69,6 @@ def stands_for_nccl(collectives: Collectives) -> Iterator[None]:
 
     The other collectives are gloo's own for tensors of a GPU, which wait.
     """
-    from dist_train import overlap
     from tests.emulated_gpu.kernels import on_host
 
     begin, end, all_reduce = dist.init_process_group, dist.destroy_process_group, dist.all_reduce
@@ -90,13 +89,9 @@ def stands_for_nccl(collectives: Collectives) -> Iterator[None]:
         enqueued = collectives.enqueue(tensor, work)
         return enqueued if async_op else None
 
-    release = ".".join(str(torch.__version__).split(".")[:2])
-    # Recovery of overlapped buckets is not proven on NCCL, and would be off.
-    tested = overlap.TESTED | {(release, "nccl")}
     with (
         mock.patch.object(dist, "init_process_group", init_process_group),
         mock.patch.object(dist, "destroy_process_group", destroy_process_group),
         mock.patch.object(dist, "all_reduce", enqueue),
-        mock.patch.object(overlap, "TESTED", tested),
     ):
         yield

@@ -21,7 +21,7 @@ SOME = {
     ),
     "failures in a step": (
         "tests/test_step_failures.py",
-        *("-k", "short_of_memory_costs or on_one_rank and backward-overlap"),
+        *("-k", "short_of_memory_costs or on_one_rank and backward-ddp"),
     ),
     "two GPUs": (
         *("tests/test_multi_gpu.py", "-k"),
@@ -85,9 +85,9 @@ def test_the_worker_of_a_benchmark_measures_gpus() -> None:
     ("what", "sync"),
     [
         ("short_of_memory_anywhere", "flat"),
-        ("short_of_memory_anywhere", "overlap"),
-        ("while_accumulating", "overlap"),
-        ("not_finite_anywhere", "overlap"),
+        ("short_of_memory_anywhere", "ddp"),
+        ("while_accumulating", "ddp"),
+        ("not_finite_anywhere", "ddp"),
     ],
 )
 def test_a_failure_anywhere_in_a_step_of_two_gpus(what: str, sync: str) -> None:

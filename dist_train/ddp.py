@@ -2,13 +2,13 @@
 
 DDP waits for every bucket of every rank. A rank that fails in the middle therefore sends NaN in
 the buckets that it still owes, and all ranks drop the attempt together. This needs a few of DDP's
-private methods, the ones of its own `Join`: see TESTED for where they are known to hold.
+private methods, the ones of its own `Join`: ddp_check.py tries out whether they do here.
 """
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,15 +18,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.distributed import Ranks
 
-# (torch release, backend) on which tests/test_step_failures.py passes. Elsewhere a rank that fails
-# in a step ends the run, and the launcher restarts it.
-TESTED = {("2.11", "gloo"), ("2.14", "gloo"), ("2.15", "gloo")}
+
+class NoGradientError(RuntimeError):
+    """A parameter had no part in this rank's loss: DDP waits for its gradient, and for ever."""
 
 
-def is_tested(ranks: Ranks) -> bool:
-    """Say whether recovery of overlapped buckets is proven for this torch and these devices."""
-    release = ".".join(str(torch.__version__).split(".")[:2])
-    return (release, "nccl" if ranks.device.type == "cuda" else "gloo") in TESTED
+def wrapped(
+    module: nn.Module,
+    *,
+    find_unused: bool,
+    group: dist.ProcessGroup | None = None,
+    bucket_mib: float | None = None,
+) -> DistributedDataParallel:
+    """Return the module in DDP, whose parameters and buffers are alike on all ranks.
+
+    Args:
+        module: what is wrapped.
+        find_unused: look for parameters that have no part in the loss, in every step.
+        group: whose ranks sum; None: all.
+        bucket_mib: of a bucket, at most; None: DDP's own.
+    """
+    # torch 2.15 renamed broadcast_buffers. Buffers are agreed on before an evaluation instead.
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}
+    if bucket_mib is not None:
+        options["bucket_cap_mb"] = bucket_mib
+    return DistributedDataParallel(
+        module,
+        process_group=group,
+        init_sync=False,
+        find_unused_parameters=find_unused,
+        gradient_as_bucket_view=True,
+        **options,
+    )
 
 
 class BucketGradients:
@@ -66,8 +91,14 @@ class BucketGradients:
         self._fired, self._held, self._works = 0, False, []
         self.all_sent = False
 
-    def piece(self, *, last: bool) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if last else self._ddp.no_sync()
+    @contextlib.contextmanager
+    def piece(self, *, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            yield
+        if last and self.recoverable and not self.all_sent:
+            named = self._ddp.module.named_parameters()
+            first = next((n for n, p in named if p.requires_grad and p.grad is None), "one")
+            raise NoGradientError(f"the loss does not depend on the parameter {first!r}")
 
     def reduce(self, *, poison: bool) -> None:
         if poison:
@@ -83,8 +114,17 @@ class BucketGradients:
         self._ddp._has_rebuilt_buckets = False
         self._ddp.require_backward_grad_sync = True
 
+    def close(self) -> None:
+        """Let go of DDP, which holds this object through its hook, where no collector looks."""
+        self._buckets.clear()
+        del self._ddp
+
     def norm(self) -> Tensor:
-        return nn.utils.get_total_norm(self._grads())
+        norm = nn.utils.get_total_norm(self._grads())
+        if self._ddp.find_unused_parameters and self._buckets:
+            # What a rank that failed owed last is NaN, and no gradient where no rank used it.
+            norm = norm + 0 * self._buckets[max(self._buckets)][0]
+        return norm
 
     def scale(self, factor: Tensor) -> None:
         grads = self._grads()
@@ -124,7 +164,7 @@ class BucketGradients:
         torch.autograd.Variable._execution_engine.queue_callback(work)
 
     def _all_reduce(self, tensor: Tensor) -> dist.Work:
-        work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(tensor, group=self._ddp.process_group, async_op=True)
         assert work is not None
         self._works.append(work)
         return work
