@@ -83,7 +83,8 @@ def build_parts(config: Config, plan: Plan, data: Data, run: Run) -> Parts:
         run.warn(f"{mixed}: last bits of their sums may differ, and with them in time the replicas")
     choice = choose_form(config, ranks, run.states.facts())
     run.warn(choice.warning)
-    run.say(choice.remark)
+    if choice.remark:
+        run.say(choice.remark)
     replica = Replica(model, ranks, config, choice.form)
     optimizer = build_optimizer(replica.module, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type) if precision == "fp16" else None

@@ -160,3 +160,21 @@ class NanAt(nn.Module):
             if self.count - 1 in self.calls:
                 return x * float("nan")
         return x
+
+
+class NowAndThen(nn.Module):
+    """plain_net whose last layer takes no part in one training forward of one rank."""
+
+    def __init__(self, num_classes: int, rank: int, call: int) -> None:
+        super().__init__()
+        self.inner, self.added = plain_net(num_classes), nn.Linear(num_classes, num_classes)
+        own = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        self.call = call if int(own) == rank else -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.training and torch.is_grad_enabled():
+            self.call -= 1
+            if self.call == 0:
+                return x
+        return x + self.added(x)

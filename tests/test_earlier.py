@@ -132,6 +132,7 @@ def test_the_run_goes_on_as_it_was_begun(runs: Path, capsys: Any) -> None:
     assert summary["run_dir"] == str(runs / NAME)
     assert "what the command leaves open is as this run was begun: " in told
     assert "data.augment=standard" in told
+    assert "parallel.sync=flat" in told, "before there was auto"
     assert f"{NAME}/checkpoints/step_00000004 at step 4" in told
 
     # Once more, now that config.yaml and environment.json are this version's.

@@ -7,8 +7,10 @@ GradScaler. Not emulated are a kernel's own rounding, cuDNN, races between strea
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,11 +84,18 @@ def emulated() -> Iterator["Kernels"]:
     """
     collectives = Collectives()
     kernels = Kernels(collectives)
+    run = threading.Thread.run
+
+    def run_thread(thread: threading.Thread) -> None:
+        with Kernels(collectives):  # a mode is one thread's
+            run(thread)
+
     try:
         with (
             torch.backends.cudnn.flags(enabled=False),
             _without_filling(),
             stands_for_nccl(collectives),
+            mock.patch.object(threading.Thread, "run", run_thread),
             kernels,
         ):
             yield kernels
