@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_train.config import ConfigError
 from dist_train.ddp import BucketGradients, wrapped
 from dist_train.distributed import Ranks
 from dist_train.gradients import backward
 from dist_train.heartbeat import Pulse
 
-DEADLINE_SEC = 8.0
+DEADLINE_SEC, AFTERWARDS_SEC = 7.5, 1.0
 GLOO_SEC = 3.0  # of one sum: its threads end by themselves, before the process may
 FACTORS = (1.0, 2.0, 3.0)  # the layers' weights: small whole numbers, whose sums are exact
 WIDTH = 32
@@ -43,7 +44,11 @@ class Found:
 
 
 def try_ddp(ranks: Ranks, *, find_unused: bool) -> Found:
-    """Find out what DDP does here; takes at most a second more than DEADLINE_SEC. Collective."""
+    """Find out what DDP does here; takes at most two seconds more than DEADLINE_SEC. Collective.
+
+    Raises:
+        ConfigError: it hangs, and a rank can compute no gradient any more; on all ranks.
+    """
     import torch._dynamo  # noqa: F401 # DDP does, for a second or more: not on this clock
 
     start = time.monotonic()
@@ -54,15 +59,41 @@ def try_ddp(ranks: Ranks, *, find_unused: bool) -> Found:
     if thread.is_alive():
         trial.problem = trial.problem or f"no answer in {DEADLINE_SEC:g} s, {trial.place}"
         trial.abort()
-        thread.join(1.0)
-    everyone = ranks.gather((trial.sums, trial.problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(everyone) if text]
+        thread.join(AFTERWARDS_SEC)
+    lost = thread.is_alive() and not _computes_gradients(ranks.device)
+    everyone = ranks.gather((trial.sums, trial.problem, lost))
+    problems = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(everyone) if text]
+    if any(lost for _, _, lost in everyone):
+        raise ConfigError(
+            f"DDP was tried out and hangs ({problems[0]}), and so does whatever follows it in this "
+            "process: set parallel.sync=flat, which does not try it"
+        )
     return Found(
-        sums=all(sums for sums, _ in everyone),
+        sums=all(sums for sums, _, _ in everyone),
         recovers=not problems,
         reason=problems[0] if problems else "",
         sec=time.monotonic() - start,
     )
+
+
+def _computes_gradients(device: torch.device) -> bool:
+    """Say whether a backward still comes to its end: on a GPU one thread does all of them."""
+
+    def work() -> None:
+        x = torch.ones((), device=device, requires_grad=True)
+        backward(x * x, torch.ones((), device=device))
+        assert x.grad is not None
+        x.grad.item()  # waits for the device
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(AFTERWARDS_SEC)
+    return not thread.is_alive()
+
+
+def _shares(world_size: int) -> list[float]:
+    """Return what each rank's gradients are multiplied by."""
+    return [float(rank % 7 + 1) for rank in range(world_size)]
 
 
 class _Layers(nn.Module):
@@ -122,6 +153,12 @@ class _Trial:
         group = dist.new_group(timeout=limit)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
+        self.place = "in a first sum"  # it makes the connections, too: not inside a backward
+        shares = _shares(self._ranks.world_size)
+        first = torch.full((WIDTH,), shares[self._ranks.rank], device=self._ranks.device)
+        dist.all_reduce(first, group=group)
+        if not bool((first == sum(shares)).all()):
+            self.problem = "a sum is wrong, before any of DDP"
         self.place = "without any failure"
         layers = _InDdp(self._ranks, group, find_unused=self._find_unused, recoverable=False)
         for _ in range(2):  # DDP makes its buckets anew after the first
@@ -155,7 +192,7 @@ class _InDdp:
         params = list(self._net.parameters())
         self._gradients = BucketGradients(self._ddp, params, ranks, recoverable=recoverable)
         self._x = torch.arange(1.0, WIDTH + 1, device=ranks.device)
-        shares = [float(rank % 7 + 1) for rank in range(ranks.world_size)]
+        shares = _shares(ranks.world_size)
         self._share = torch.tensor(
             shares[ranks.rank] * self._gradients.loss_factor, device=ranks.device
         )

@@ -1,38 +1,39 @@
-"""Which form sums the gradients, and what is found out about DDP before it is trusted."""
+"""Which form sums the gradients: chosen by what is found out, and kept by the run."""
 
 import contextlib
 import dataclasses
 import gc
-import os
 import signal
-import threading
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from dist_train import ddp_check, sync_form
+from dist_train import sync_form
 from dist_train.config import Config
 from dist_train.config.compose import compose
 from dist_train.config.identity import as_begun
-from dist_train.ddp import BucketGradients
 from dist_train.ddp_check import Found, try_ddp
 from dist_train.distributed import single_process, start_ranks
 from dist_train.parallel import Form, Replica
 from dist_train.state import CODE, CONTENT, check_facts
 from dist_train.sync_form import choose_form
 from dist_train.train import train
+from tests import settings
 from tests.faults import Fault, train_with
 from tests.nets import plain_net
 from tests.ranks import run_ranks, start_ranks_of
-from tests.settings import small
+from tests.wrong_backends import backend
 
 SHORT = ("train.steps=4", "model.factory=tests.nets:noisy_net")
+
+
+def small(folder: Path, *words: str, tried_out: str = "once") -> Config:
+    """Return a tiny training that has not found out anything yet: on GPUs that is kept."""
+    return settings.small(folder, f"data.cache_dir={folder}-{tried_out}", *words)
 
 
 def device_of(config: Config) -> str:
@@ -40,135 +41,9 @@ def device_of(config: Config) -> str:
     return "cuda" if config.device == "cuda" else "cpu"
 
 
-def on_rank_1() -> bool:
-    return os.environ["RANK"] == "1"
-
-
-def hangs(real: Any, tensor: torch.Tensor, **arguments: Any) -> Any:
-    """Never return, on rank 1."""
-    if on_rank_1():
-        threading.Event().wait()
-    return real(tensor, **arguments)
-
-
-def is_left_out(real: Any, tensor: torch.Tensor, **arguments: Any) -> Any:
-    """Take no part on rank 1: the backend of the others waits for it."""
-    if on_rank_1():
-        raise RuntimeError("a sum that failed")
-    return real(tensor, **arguments)
-
-
-def lies(real: Any, tensor: torch.Tensor, **arguments: Any) -> Any:
-    """Add a little on rank 1."""
-    if on_rank_1():
-        tensor.add_(1)
-    return real(tensor, **arguments)
-
-
-def swallows_nan(real: Any, tensor: torch.Tensor, **arguments: Any) -> Any:
-    """Send zeros in the place of NaN."""
-    tensor.nan_to_num_(0.0)
-    return real(tensor, **arguments)
-
-
-# What is done to the sums of the trial: and what is told of it, by whichever rank is first.
-BACKENDS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "hangs": (hangs, ("no answer in 2 s", "Timed out waiting")),
-    "is left out": (is_left_out, ("a sum that failed", "Timed out waiting")),
-    "lies": (lies, ("the sum of gradients is wrong",)),
-    "swallows NaN": (
-        swallows_nan,
-        ("a failure of rank 1 is not seen", "a failure of rank 0 is not seen"),
-    ),
-}
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Let the sums of DDP's hook be those of a wrong backend; plain DDP's own stay right."""
-    if not name:
-        yield
-        return
-    wrong, real, new_group = BACKENDS[name][0], dist.all_reduce, dist.new_group
-    own = []
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **arguments: Any) -> Any:
-        if not any(arguments.get("group") is group for group in own):
-            return real(tensor, *args, **arguments)
-        return wrong(real, tensor, **arguments)
-
-    def made(*args: Any, **arguments: Any) -> Any:
-        group = new_group(*args, **arguments)
-        if threading.current_thread() is not threading.main_thread():
-            own.append(group)
-        return group
-
-    with (
-        mock.patch.object(dist, "new_group", made),
-        mock.patch.object(dist, "all_reduce", all_reduce),
-        mock.patch.object(ddp_check, "DEADLINE_SEC", 2.0),
-        mock.patch.object(ddp_check, "GLOO_SEC", 1.0),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def wrong_without_a_failure() -> Iterator[None]:
-    """Let plain DDP go through the hook, too: its sums are then those of the wrong backend."""
-
-    def hooked(self: BucketGradients, *args: Any, **kwargs: Any) -> None:
-        kwargs["recoverable"] = True
-        made(self, *args, **kwargs)
-
-    made = BucketGradients.__init__
-    with mock.patch.object(BucketGradients, "__init__", hooked):
-        yield
-
-
-def tried(config: Config, name: str, find_unused: bool, always: bool) -> Found:
-    with start_ranks(config) as ranks, backend(name), contextlib.ExitStack() as stack:
-        if always:
-            stack.enter_context(wrong_without_a_failure())
-        return try_ddp(ranks, find_unused=find_unused)
-
-
-@pytest.mark.parametrize("find_unused", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_failure_can_be_taken_back_here(
-    world_size: int, find_unused: bool, tmp_path: Path
-) -> None:
-    for found in run_ranks(tried, world_size, small(tmp_path), "", find_unused, False):
-        assert (found.sums, found.recovers, found.reason) == (True, True, "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("always", [False, True])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_wrong_backend_is_found_out_by_all_alike(name: str, always: bool, tmp_path: Path) -> None:
-    found = run_ranks(tried, 2, small(tmp_path), name, False, always)
-    assert not any(f.recovers for f in found)
-    [reason] = {f.reason for f in found}
-    assert any(text in reason for text in BACKENDS[name][1])
-    assert {f.sums for f in found} == {not always or name == "swallows NaN"}
-
-
-def test_a_private_method_that_is_gone_is_found_out(tmp_path: Path) -> None:
-    for found in run_ranks(without_a_method, 2, small(tmp_path)):
-        assert (found.sums, found.recovers) == (True, False)
-        assert "rank 0: AttributeError: _reset_state is gone" in found.reason
-
-
-def without_a_method(config: Config) -> Found:
-    gone = AttributeError("_reset_state is gone")
-    with mock.patch.object(BucketGradients, "give_up", side_effect=gone):
-        return tried(config, "", False, False)
-
-
-def trained(config: Config, name: str, always: bool) -> dict[str, Any]:
+def trained(config: Config, name: str) -> dict[str, Any]:
     """Train on GPUs, as far as the choice of the form knows, through a wrong backend."""
     with backend(name), contextlib.ExitStack() as stack:
-        if always:
-            stack.enter_context(wrong_without_a_failure())
         if config.device == "cpu" and config.parallel.sync == "auto":
             stack.enter_context(mock.patch.object(sync_form, "_auto", return_value="ddp"))
         return train(config)
@@ -176,24 +51,23 @@ def trained(config: Config, name: str, always: bool) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "always", "sync", "form", "told"),
+    ("name", "sync", "form", "told"),
     [
-        ("", False, "auto", "ddp", "a failure in a step can be taken back: tried out in"),
-        ("hangs", True, "auto", "flat", "cannot be trusted (rank "),
-        ("hangs", False, "auto", "flat", "could not be taken back (rank "),
-        ("hangs", True, "ddp", "flat", "cannot be trusted (rank "),
-        ("hangs", False, "ddp", "ddp", "parallel.sync=flat recovers"),
-        ("lies", True, "auto", "flat", "cannot be trusted (rank "),
-        ("lies", True, "ddp", "flat", "cannot be trusted (rank "),
-        ("swallows NaN", False, "auto", "flat", "could not be taken back (rank "),
-        ("swallows NaN", False, "ddp", "ddp", "parallel.sync=flat recovers"),
+        ("", "auto", "ddp", "a failure in a step can be taken back: tried out in"),
+        ("hangs", "auto", "flat", "cannot be trusted (rank "),
+        ("hangs", "ddp", "flat", "cannot be trusted (rank "),
+        ("is left out", "auto", "flat", "could not be taken back (rank "),
+        ("lies", "auto", "flat", "cannot be trusted (rank "),
+        ("lies", "ddp", "flat", "cannot be trusted (rank "),
+        ("swallows NaN", "auto", "flat", "could not be taken back (rank "),
+        ("swallows NaN", "ddp", "ddp", "parallel.sync=flat recovers"),
     ],
 )
 def test_training_takes_the_form_that_can_be_trusted(
-    name: str, always: bool, sync: str, form: str, told: str, tmp_path: Path
+    name: str, sync: str, form: str, told: str, tmp_path: Path
 ) -> None:
     config = small(tmp_path / "run", *SHORT, f"parallel.sync={sync}")
-    summaries = run_ranks(trained, 2, config, name, always)
+    summaries = run_ranks(trained, 2, config, name)
     assert {s["sync"] for s in summaries} == {form}
     assert told in (tmp_path / "run" / "log" / "rank0.txt").read_text()
     plain = small(tmp_path / "plain", *SHORT, f"parallel.sync={form}")
@@ -238,7 +112,7 @@ def test_auto_is_what_the_run_began_with_or_the_devices(
 def test_an_answer_of_gpus_is_kept_and_counts_where_all_ranks_have_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small(tmp_path / "run", "device=cpu")
+    config = settings.small(tmp_path / "run", "device=cpu")
     assert run_ranks(with_kept_answers, 2, config, tmp_path) == [(1, 1, 2, 3, 4)] * 2
 
 
@@ -307,7 +181,7 @@ def test_auto_goes_on_with_the_form_of_the_checkpoint(tmp_path: Path) -> None:
     longer = (*words, "train.steps=8")
     for name, form in (("swallows NaN", "flat"), ("", "ddp")):
         run = tmp_path / form
-        assert run_ranks(trained, 2, small(run, *words), name, False)[0]["sync"] == form
+        assert run_ranks(trained, 2, small(run, *words), name)[0]["sync"] == form
         ended = run_ranks(train, 2, small(run, *longer))[0]
         assert ended["sync"] == form
         assert "the bits of the result may differ" not in (run / "log" / "rank0.txt").read_text()
@@ -316,7 +190,8 @@ def test_auto_goes_on_with_the_form_of_the_checkpoint(tmp_path: Path) -> None:
 def test_a_resume_whose_form_cannot_be_had_again_warns(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_ranks(train, 2, small(run, *SHORT, "parallel.sync=ddp"))
-    ended = run_ranks(trained, 2, small(run, *SHORT, "train.steps=6"), "swallows NaN", False)
+    longer = small(run, *SHORT, "train.steps=6", tried_out="again")
+    ended = run_ranks(trained, 2, longer, "swallows NaN")
     assert ended[0]["sync"] == "ddp", "what the run was told counts as asked for"
     assert "parallel.sync=flat recovers" in (run / "log" / "rank0.txt").read_text()
     other = small(run, *SHORT, "train.steps=8", "parallel.sync=flat")
@@ -336,7 +211,7 @@ def test_a_parameter_without_gradient_ends_ddp_and_not_the_run(
     words = (f"model.factory={net[0]}", *(f"model.args.{word}" for word in net[1:]))
     words = (*words, "train.steps=6", "log_every=1")
     config = small(tmp_path / "run", *words, "parallel.sync=auto")
-    summaries = run_ranks(trained, 2, config, "", False)
+    summaries = run_ranks(trained, 2, config, "")
     assert {s["sync"] for s in summaries} == {"flat"}
     told = (tmp_path / "run" / "log" / "rank0.txt").read_text()
     where = f"step {step} on rank {1 if step else 0}"
