@@ -383,7 +383,7 @@ def test_the_largest_loss_is_what_to_change_first(
 
 
 @pytest.mark.parametrize(("sync", "hides"), [("flat", True), ("ddp", False), ("fixed", False)])
-def test_overlap_is_advised_where_it_can_be_had(sync: str, hides: bool) -> None:
+def test_ddp_is_advised_where_it_can_be_had(sync: str, hides: bool) -> None:
     [setup] = setups_of([(2, 0)], 64, ("strong",))
     [result] = results_of([(setup, [two(ready=0.030, full=0.0301)])])
     advice = advice_for(result | {"sync": sync, "gradient_bytes": 1320})

@@ -72,7 +72,7 @@ def test_a_stopped_process_is_the_culprit_wherever_it_is() -> None:
 
 
 def test_the_rank_furthest_behind_is_blamed_first() -> None:
-    # With overlap=DDP the victims wait inside their backward, where nothing says so.
+    # With DDP the victims wait inside their backward, where nothing says so.
     victim = view(0, "backward", 7, 6.0)
     assert blamed(victim, view(1, "forward", 7, 5.5)) == (1, 0)
     assert blamed(victim, view(1, "backward", 6, 5.5)) == (1, 0)

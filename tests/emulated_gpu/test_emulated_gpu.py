@@ -20,8 +20,8 @@ SOME = {
         *("-k", "waits_once and (fp16 or mixup) or waits_for and mixing1-bf16 or unbroken_one"),
     ),
     "failures in a step": (
-        "tests/test_step_failures.py",
-        *("-k", "short_of_memory_costs or on_one_rank and backward-ddp"),
+        *("tests/test_step_failures.py", "tests/test_sync_form.py"),
+        *("-k", "short_of_memory_costs or on_one_rank and backward-ddp or on_gpus_ddp_is"),
     ),
     "two GPUs": (
         *("tests/test_multi_gpu.py", "-k"),
@@ -38,6 +38,7 @@ TRAINING = {
     "test_augmentation": "",
     "test_checkpoint": "",
     "test_checkpoint_writer": "",
+    "test_ddp_check": "",
     "test_evaluate": "",
     "test_fixed_order": "",
     "test_gradients": "",
@@ -51,6 +52,7 @@ TRAINING = {
     "test_rollback": "not flipped_bit_in_a_replica or 30-",
     "test_save_period": "",
     "test_step_failures": "",
+    "test_sync_form": "",
 }
 
 
@@ -82,17 +84,17 @@ def test_the_worker_of_a_benchmark_measures_gpus() -> None:
 
 @pytest.mark.emulated
 @pytest.mark.parametrize(
-    ("what", "sync"),
+    "chosen",
     [
-        ("short_of_memory_anywhere", "flat"),
-        ("short_of_memory_anywhere", "ddp"),
-        ("while_accumulating", "ddp"),
-        ("not_finite_anywhere", "ddp"),
+        "short_of_memory_anywhere and 2-flat",
+        "short_of_memory_anywhere and 2-ddp",
+        "while_accumulating and 2-ddp",
+        "with_unused_parameters and 2",
+        "not_finite_anywhere and 2-ddp",
     ],
 )
-def test_a_failure_anywhere_in_a_step_of_two_gpus(what: str, sync: str) -> None:
-    chosen = ("-m", "exhaustive", "-k", f"{what} and 2-{sync}")
-    check_inside("tests/test_step_failures.py", *chosen)
+def test_a_failure_anywhere_in_a_step_of_two_gpus(chosen: str) -> None:
+    check_inside("tests/test_step_failures.py", "-m", "exhaustive", "-k", chosen)
 
 
 @pytest.mark.slow
