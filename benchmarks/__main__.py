@@ -23,6 +23,7 @@ from benchmarks import (
     narrow_conv,
     scaling,
     speedrun,
+    sync_forms,
 )
 from benchmarks.intervals import RESULTS, ROOT, machine, said, write_between
 
@@ -31,6 +32,7 @@ MEASURED: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {  # and i
     "data_path": (data_path.measure, data_path.table),
     "guards": (guard_overhead.measure, guard_overhead.table),
     "fixed_order": (fixed_order_cost.measure, fixed_order_cost.table),
+    "sync_forms": (sync_forms.measure, sync_forms.table),
     "narrow_conv": (narrow_conv.measure, narrow_conv.table),
     "memory_format": (memory_format.measure, memory_format.table),
     "checkpoint": (checkpoint_cost.measure, checkpoint_cost.table),

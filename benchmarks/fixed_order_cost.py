@@ -4,18 +4,13 @@ The same batches in fast and in fixed order, in turns, in the same processes; on
 both, as fixed order has it. Each ratio is of one pair of blocks of steps.
 """
 
-import random
 import statistics
-import time
-from contextlib import ExitStack
 from typing import Any
 
+from benchmarks.in_turns import in_turns
 from benchmarks.intervals import mean_and_half_width
 from benchmarks.on_two_ranks import NUM_RANKS, be_a_rank, measured
-from benchmarks.opened import Opened, opened
 from dist_train.config.compose import compose
-from dist_train.distributed import start_ranks
-from dist_train.step import train_step
 
 CASES = {  # the words; steps a block, pairs
     "tutorial CNN, batch 256": (("model=tutorial_cnn", "train.global_batch_size=256"), 20, 20),
@@ -54,36 +49,15 @@ def measure_case(name: str, folder: str) -> dict[str, Any] | None:
         order: compose([*WORDS, *case, f"train.order={order}", f"run_dir={folder}/{order}"]).config
         for order in ("fixed", "fast")
     }
-    with start_ranks(configs["fixed"]) as ranks, ExitStack() as stack:
-        runs = {
-            order: stack.enter_context(opened(config, ranks)) for order, config in configs.items()
-        }
-        taken = dict.fromkeys(runs, 0)
-
-        def block(order: str) -> float:
-            run: Opened = runs[order]
-            ranks.barrier()
-            start = time.perf_counter()
-            for _ in range(steps):
-                train_step(run.parts, run.feed, step=taken[order])
-                taken[order] += 1
-            return time.perf_counter() - start
-
-        for order in runs:
-            block(order)  # warm
-        dice, times, fast = random.Random(0), [], []  # the same on all ranks: they step together
-        for _ in range(pairs):
-            sec = {order: block(order) for order in dice.sample(("fast", "fixed"), 2)}
-            times.append(sec["fixed"] / sec["fast"])
-            fast.append(sec["fast"] / steps)
-        precision = runs["fast"].parts.precision
-    if ranks.rank != 0:
+    turns = in_turns(configs, steps=steps, rounds=pairs)
+    if turns.rank != 0:
         return None
+    fast, fixed = turns.step_sec["fast"], turns.step_sec["fixed"]
     return {
         "case": name,
-        "precision": precision,
+        "precision": turns.precision,
         "fast_ms": 1000 * statistics.median(fast),
-        "times": mean_and_half_width(times),
+        "times": mean_and_half_width([b / a for a, b in zip(fast, fixed, strict=True)]),
         "pairs": pairs,
     }
 

@@ -71,6 +71,19 @@ FOUND: dict[str, Any] = {
         ],
         "scale": {"checked": [{"num_ranks": 2, "batch_size": 128, "error": 0.005}]},
     },
+    "sync_forms": {
+        "cases": [
+            {
+                "case": "a net",
+                "precision": "bf16",
+                "forms": {
+                    "flat": {"step_ms": 88.2, "times_flat": [1.0, 0.0], "apart": 0.0},
+                    "ddp": {"step_ms": 90.1, "times_flat": [1.02, 0.01], "apart": 1.2e-7},
+                },
+                "rounds": 20,
+            }
+        ]
+    },
     "fixed_order": {
         "cases": [
             {
@@ -125,6 +138,10 @@ SHOWN = {
     "guards": ("| a net | 30.1 | +0.20 +- 1.00 % | 4 | 30 us | 0.10 % |", "12 heartbeats 10.0 us"),
     "checkpoint": ("90 MB", "1.13 +- 0.04", "99.1 +- 0.4 %"),
     "scaling": ("2,470 +- 211", "1.84", "+1.0%", "4 B 200 us, 1 MiB 1,000 us", "+0.5%"),
+    "sync_forms": (
+        "| a net | bf16 | flat | 88.2 | 1.00 +- 0.00 | the same | 20 |",
+        "| a net | bf16 | ddp | 90.1 | 1.02 +- 0.01 | 1.2e-07 apart | 20 |",
+    ),
     "fixed_order": ("| a net | bf16 | 88.2 | 1.31 +- 0.02 times | 20 |",),
     "memory_format": ("| a net, 8, 64 | bf16 | 88 | 1.31 +- 0.02 times | 5 | channels_last |",),
     "narrow_conv": ("| a net | 584 | 740 | 1.27 +- 0.03 | 15 |",),
