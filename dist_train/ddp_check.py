@@ -58,7 +58,7 @@ def try_ddp(ranks: Ranks, *, find_unused: bool) -> Found:
     thread.join(DEADLINE_SEC)
     if thread.is_alive():
         trial.problem = trial.problem or f"no answer in {DEADLINE_SEC:g} s, {trial.place}"
-        trial.abort()
+        threading.Thread(target=trial.abort, daemon=True).start()
         thread.join(AFTERWARDS_SEC)
     lost = thread.is_alive() and not _computes_gradients(ranks.device)
     everyone = ranks.gather((trial.sums, trial.problem, lost))
@@ -144,8 +144,8 @@ class _Trial:
             self.problem = self.problem or f"{text}, {self.place}"
 
     def abort(self) -> None:
-        """Let go of what hangs in the group."""
-        if self._group is not None:
+        """Let go of what hangs in the group; gloo's own limit ends it there."""
+        if self._group is not None and dist.get_backend(self._group) != "gloo":
             self._group.abort()
 
     def _try(self) -> None:

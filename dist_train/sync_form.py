@@ -14,7 +14,7 @@ from torch.cuda import nccl
 from dist_train import ddp, ddp_check
 from dist_train.config import Config
 from dist_train.config.earlier import SYNC
-from dist_train.config.value_synonyms import FORMER
+from dist_train.config.value_synonyms import FORMER_VALUES
 from dist_train.config.whole_file import read_json, write_atomically
 from dist_train.data.cache import cache_root
 from dist_train.ddp_check import Found, try_ddp
@@ -75,7 +75,7 @@ def choose_form(config: Config, ranks: Ranks, before: Mapping[str, Any]) -> Choi
 def form_of(facts: Mapping[str, Any]) -> Any:
     """Return the form that a state was made with, by today's name; None: it does not say."""
     form = facts.get(SYNC)
-    return FORMER[SYNC].get(str(form), form)
+    return FORMER_VALUES[SYNC].get(str(form), form)
 
 
 def _auto(ranks: Ranks, before: Mapping[str, Any]) -> Literal["flat", "ddp"]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.schema import Config, ConfigError
 from dist_train.config.synonyms import option_for, setting_for
-from dist_train.config.value_synonyms import FORMER, value_for
+from dist_train.config.value_synonyms import FORMER_VALUES, value_for
 
 MOST_SHOWN = 6  # keys of a group
 
@@ -121,7 +121,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
             raise _wrong(key, value, wanted + value_for(key, value, words))
         return convert((others or inner)[0], value, key)
     if origin is Literal:
-        value = FORMER.get(key, {}).get(str(value), value)
+        value = FORMER_VALUES.get(key, {}).get(str(value), value)
         if value in get_args(hint):
             return value
         choices = ", ".join(str(a) for a in get_args(hint))

@@ -71,7 +71,7 @@ VALUES: dict[str, dict[str, str]] = {
 }
 
 # {our key: {what earlier versions called a value: what it is called now}}: read as that.
-FORMER: dict[str, dict[str, str]] = {"parallel.sync": {"overlap": "ddp"}}
+FORMER_VALUES: dict[str, dict[str, str]] = {"parallel.sync": {"overlap": "ddp"}}
 
 
 def value_for(key: str, typed: Any, choices: Iterable[Any]) -> str:
