@@ -12,6 +12,7 @@ from dist_train.ddp_check import Found, try_ddp
 from dist_train.distributed import start_ranks
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import small
+from tests.test_step_failures import DEFECTS
 from tests.wrong_backends import BACKENDS, backend, wrong_without_a_failure
 
 
@@ -51,6 +52,20 @@ def test_sums_of_ddp_that_are_wrong_without_a_failure_are_found_out(tmp_path: Pa
     for found in run_ranks(tried, 2, small(tmp_path), "lies later", False, True):
         assert (found.sums, found.recovers) == (False, False)
         assert "the sum of gradients is wrong, without any failure" in found.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "defect", [name for name, (_, _, sync) in DEFECTS.items() if sync == "ddp"]
+)
+def test_a_defect_of_the_recovery_is_found_out(defect: str, tmp_path: Path) -> None:
+    for found in run_ranks(with_defect, 2, small(tmp_path), defect):
+        assert (found.sums, found.recovers) == (True, False)
+
+
+def with_defect(config: Config, defect: str) -> Found:
+    with mock.patch(*DEFECTS[defect][:2]):
+        return tried(config, "", False, False)
 
 
 def test_a_private_method_that_is_gone_is_found_out(tmp_path: Path) -> None:
