@@ -61,7 +61,7 @@ def main() -> None:
         ways["without guards"] = Way(ways[REFERENCE].opened, guarded=False)
         ways["guards.lag=1"] = Way(open_way("lag", "guards.lag=1"))
         if ranks.world_size > 1:
-            for sync in ("flat", "overlap"):
+            for sync in ("flat", "ddp"):
                 ways[sync] = Way(open_way(sync, f"parallel.sync={sync}"))
         found = measured(ways, ranks)
         replica = ways["ddp" if "ddp" in ways else REFERENCE].opened.parts.replica

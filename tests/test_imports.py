@@ -85,6 +85,7 @@ LATE = {
     ("dist_train/__main__.py", "dist_train.distributed"),
     ("dist_train/__main__.py", "dist_train.dry_run"),
     ("dist_train/__main__.py", "dist_train.recovery"),
+    ("dist_train/__main__.py", "dist_train.saves"),
     ("dist_train/__main__.py", "dist_train.endings"),
     ("dist_train/__main__.py", "dist_train.launch_store"),
     ("dist_train/__main__.py", "dist_train.torchrun_store"),

@@ -1,17 +1,12 @@
 """What only several GPUs can show; `make gpu-check` runs these where there are two."""
 
-import contextlib
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from dist_train import overlap
 from dist_train.config import Config
 from dist_train.recovery import StepFailedError
 from tests.faults import Fault, train_with
@@ -26,7 +21,6 @@ from tests.test_step_failures import (
     accumulated,
     check_all,
     follow,
-    follow_all,
     memory_faults,
     not_finite,
 )
@@ -41,32 +35,12 @@ CHOSEN = (
 )
 
 
-@contextlib.contextmanager
-def proven() -> Iterator[None]:
-    """Let overlapped buckets recover on NCCL, too: these tests are what would prove it."""
-    release = ".".join(str(torch.__version__).split(".")[:2])
-    with mock.patch.object(overlap, "TESTED", {(release, "nccl")}):
-        yield
+def follow_one(config: Config, fault: StepFault) -> Ended:
+    return follow(config, (fault,), {})
 
 
-class OnNccl:
-    """follow_all, as something that can be sent to other processes under its name."""
-
-    def __call__(self, jobs: Any) -> list[Ended]:
-        with proven():
-            return follow_all(jobs)
-
-
-def follow_on_nccl(config: Config, fault: StepFault) -> Ended:
-    with proven():
-        return follow(config, (fault,), {})
-
-
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
-def test_a_failure_in_a_step_is_taken_back(
-    sync: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tests.test_step_failures.follow_all", OnNccl())
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
+def test_a_failure_in_a_step_is_taken_back(sync: str, tmp_path: Path) -> None:
     scenarios = [s for s in (*memory_faults(2, sync), *not_finite(2)) if s[0] in CHOSEN]
     assert len(scenarios) == len(CHOSEN) - (sync == "flat"), "it has no buckets"
     check_all(tmp_path / "whole", 2, scenarios, f"parallel.sync={sync}", *GPUS)
@@ -75,33 +49,31 @@ def test_a_failure_in_a_step_is_taken_back(
     check_all(tmp_path / "pieces", 2, pieces, *options)
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_an_exception_on_one_rank_ends_all_with_its_cause(sync: str, tmp_path: Path) -> None:
     fault = StepFault(ranks=(1,), step=2, place="backward", kind="error")
     config = small(tmp_path, *SETTINGS, f"parallel.sync={sync}", *GPUS)
-    outcomes = start_ranks_of(follow_on_nccl, 2, config, fault)
+    outcomes = start_ranks_of(follow_one, 2, config, fault)
     assert all(isinstance(o.error, StepFailedError) for o in outcomes), outcomes[0].trace
     [text] = {str(o.error).split("\n")[0] for o in outcomes}
     assert text == "rank 1 failed at step 2: ValueError: a bug in the user's code (injected)"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_overlapped_buckets_have_the_sums_of_the_flat_buffer(
-    precision: str, tmp_path: Path
-) -> None:
+def test_buckets_of_ddp_have_the_sums_of_the_flat_buffer(precision: str, tmp_path: Path) -> None:
     found: dict[str, list[Ended]] = {}
-    for sync in ("flat", "overlap"):
+    for sync in ("flat", "ddp"):
         options = (*SETTINGS, f"parallel.sync={sync}", f"precision={precision}", *GPUS)
         found[sync] = run_ranks(follow, 2, small(tmp_path / sync, *options), (), {})
     for name in found["flat"][0].params:
-        flat, *others = [ended.weights[name] for ended in (*found["flat"], *found["overlap"])]
+        flat, *others = [ended.weights[name] for ended in (*found["flat"], *found["ddp"])]
         assert torch.equal(others[0], flat), "the ranks of one run hold the same"
         assert torch.equal(others[1], others[2]), "the ranks of one run hold the same"
         torch.testing.assert_close(others[1], flat, rtol=1e-3, atol=1e-4)  # another order of sums
-    assert found["overlap"][0].samples_seen == NUM_STEPS * 24
+    assert found["ddp"][0].samples_seen == NUM_STEPS * 24
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 def test_a_run_in_parts_has_the_bits_of_an_unbroken_one(sync: str, tmp_path: Path) -> None:
     options = (*HARD, "optim.schedule=constant", f"parallel.sync={sync}", *GPUS)
     clean = run_ranks(train_with, 2, small(tmp_path / "a", *options, "train.steps=20"), None)
@@ -132,7 +104,7 @@ def test_a_killed_rank_ends_all_and_the_next_start_has_the_bits_of_an_unbroken_o
     assert again["weights_sha256"] == clean["weights_sha256"]
 
 
-@pytest.mark.parametrize("sync", ["flat", "overlap"])
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
 @pytest.mark.parametrize(
     ("how", "place"),
     [("stop", "in the forward"), ("deadlock", "in the data"), ("c call", "in the optimizer")],

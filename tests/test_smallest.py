@@ -62,6 +62,7 @@ def test_a_last_step_that_never_comes_is_not_tried() -> None:
         classes=(),
         notice=None,
         remarks=(),
+        loading="",
         augmentation="",
         image_size="",
         num_train=217,

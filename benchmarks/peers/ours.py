@@ -93,6 +93,7 @@ def ours(job: Job) -> dict[str, Tensor]:
         size = config.train.global_batch_size
         return Data(
             name="ready-made",
+            loading="ready-made",
             classes=tuple(str(label) for label in range(NUM_CLASSES)),
             notice=None,
             remarks=(),

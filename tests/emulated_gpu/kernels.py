@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from tests.emulated_gpu.arrivals import Arrivals
 from tests.emulated_gpu.build import RUNTIME, built
+from tests.emulated_gpu.copying import on_device, on_host, send
 from tests.emulated_gpu.nccl import Collectives, stands_for_nccl
 
 # Operators that start no kernel: the device's own implementation runs.
@@ -109,25 +110,6 @@ def emulated() -> Iterator["Kernels"]:
     assert early == 0, f"memory was used {early} times before its copy was waited for"
     assert races == 0, f"pinned memory was changed {races} times before the device had read it"
     assert uncomputed == 0, f"{uncomputed} kernels were started that nothing computes"
-
-
-def on_host(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor that is the same memory as one of the device."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes() == 0:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    held = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
-    base = torch.frombuffer(held, dtype=torch.uint8).untyped_storage()
-    made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(base, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return what a kernel leaves on the device: a new tensor like one of the CPU."""
-    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-    if tensor.numel():
-        on_host(made).copy_(tensor)
-    return made
 
 
 class Kernels(TorchDispatchMode):
@@ -227,38 +209,10 @@ class Kernels(TorchDispatchMode):
         return self._copy(made, source, later=later)
 
     def _copy(self, target: Tensor, source: Tensor, *, later: bool) -> Tensor:
-        """Copy between the host and the device, as aten/src/ATen/native/cuda/Copy.cu does.
-
-        One copy of memory where types and strides agree; otherwise one through contiguous memory,
-        whose other half is a kernel of the device (`later`) or of the CPU.
-        """
-        self._send(target, source.expand_as(target), later=later)
+        send(target, source.expand_as(target), later=later)
         if target.is_cuda:
             self.arrivals.note(target)
         return target
-
-    def _send(self, target: Tensor, source: Tensor, *, later: bool) -> None:
-        same = target.dtype == source.dtype
-        if same and target.stride() == source.stride() and _is_one_block(target):
-            torch.ops.aten.copy_(target, source, later)
-            return
-        if same and target.is_contiguous() and source.is_contiguous():
-            torch.ops.aten.copy_(target, source, later)
-            return
-        # Types are changed where the copy begins if that is the device and nobody waits.
-        first = source.is_cuda == later
-        dtype = target.dtype if first else source.dtype
-        sent = on_host(source) if source.is_cuda else source
-        sent = sent.to(dtype).contiguous()
-        if source.is_cuda:
-            sent = on_device(sent, source.device)
-        plain = target.is_contiguous() and target.dtype == dtype
-        held = target if plain else torch.empty(target.size(), dtype=dtype, device=target.device)
-        torch.ops.aten.copy_(held, sent, later)
-        if held is not target:
-            (on_host(target) if target.is_cuda else target).copy_(
-                on_host(held) if held.is_cuda else held
-            )
 
 
 @contextlib.contextmanager
@@ -312,8 +266,3 @@ def _launches(func: Any, args: Any) -> int:
     one_type = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in together)
     alike = all(len({t.stride() for t in same}) == 1 for same in zip(*lists, strict=True))
     return 1 if one_type and alike else len(lists[0])
-
-
-def _is_one_block(tensor: Tensor) -> bool:
-    wide = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return wide or tensor.is_contiguous()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.emulated_gpu.copying import on_host
+
 
 class Work:
     """A sum that is on its way."""
@@ -69,8 +71,6 @@ def stands_for_nccl(collectives: Collectives) -> Iterator[None]:
 
     The other collectives are gloo's own for tensors of a GPU, which wait.
     """
-    from tests.emulated_gpu.kernels import on_host
-
     begin, end, all_reduce = dist.init_process_group, dist.destroy_process_group, dist.all_reduce
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
