@@ -7,17 +7,9 @@ COMPUTING = {"dist_train", "dist_train.doctor.main", "benchmarks.gpu_steps"}  # 
 if "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1] in COMPUTING:
     import atexit
     import contextlib
-    import threading
 
     from tests.emulated_gpu.kernels import emulated
 
-    whole, run = contextlib.ExitStack(), threading.Thread.run
-    kernels = whole.enter_context(emulated())
+    whole = contextlib.ExitStack()
+    whole.enter_context(emulated())
     atexit.register(whole.close)
-
-    def run_computing(self: threading.Thread) -> None:
-        """Run a thread of Python's, which would begin without the kernels."""
-        with kernels:
-            run(self)
-
-    threading.Thread.run = run_computing
