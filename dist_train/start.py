@@ -154,12 +154,15 @@ def find_micro_batch_size(parts: Parts, data: Data, run: Run) -> None:
     whole = -(-parts.plan.global_batch_size // ranks.world_size)
 
     def attempt(size: int) -> None:
+        # Of a part of the share: the gradients of the parts before it lie there.
+        before = [torch.empty_like(p) for p in parts.replica.params] if size < whole else []
         with torch.random.fork_rng(devices=cuda), as_written(config):  # no graph for every size
             images, labels = blank(parts, data, size)
             with autocast(parts.precision, ranks.device):
                 logits = module(images)
             loss = task.loss_sum(logits, Batch(images=images, labels=labels))
             torch.autograd.grad(loss, parts.replica.params, allow_unused=True)
+        del before
 
     def find() -> int:
         with torch.random.fork_rng(devices=cuda), as_written(config), torch.no_grad():

@@ -125,6 +125,11 @@ def test_on_gpus_nobody_waits_longer_than_a_second_for_a_rank_that_is_gone(state
     gone = view(1, "forward", 9, 1.1, state=state, gone_sec=1.1)
     assert in_vain(waiting, gone)
     assert in_vain(waiting, waiting._replace(rank=2), gone)
+    for phase in ("forward", "backward"):  # where DDP sums, and a device's queue fills up
+        assert in_vain(view(0, phase, 9, 1.1), gone)
+        assert not in_vain(view(0, phase, 9, 0.9), gone)
+        assert not in_vain(view(0, phase, 9, 1.1), gone, on_gpu=False)
+    assert not in_vain(view(0, "checkpoint", 9, 1.1), gone), "it may be saving"
     assert not in_vain(waiting, gone, on_gpu=False), "there the network tells them"
     assert not in_vain(waiting, gone._replace(gone_sec=0.9))
     assert not in_vain(waiting._replace(silence=0.9), gone)

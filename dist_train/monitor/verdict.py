@@ -16,6 +16,8 @@ from dist_train.monitor.processes import GONE, MEANING, STOPPED
 
 ALL_WAIT = 1.6  # x the limit, if all wait: TCP takes 6.2 s to get over a cut of 3 s
 GONE_SEC = 1.0  # for the others to notice by themselves, where they can
+# Where DDP sums, and the host waits once the device's queue is full.
+BESIDE_SUMS = (NUMBER_OF["forward"], NUMBER_OF["backward"])
 LEFT = "left"  # as a state: it has left the watch, its process may live
 
 
@@ -75,15 +77,15 @@ def decide(
     stopped = [v for v in there if v.state == STOPPED and v.silence > hang_sec]
     if stopped:
         return _verdict(_first(stopped))
-    working = [view for view in there if not view.waits]
+    gone = [view for view in views if view.state in (GONE, LEFT)]
+    in_vain = on_gpu and any(view.gone_sec > GONE_SEC for view in gone)
+    working = [v for v in there if not (v.waits or (in_vain and v.phase in BESIDE_SUMS))]
     if working:
         over = [view for view in working if view.silence > view.limit]
         last = min(working, key=lambda v: v.place)
         if not over or (last not in over and last.place < min(v.place for v in over)):
             return None
         return _verdict(_first(over))
-    gone = [view for view in views if view.state in (GONE, LEFT)]
-    in_vain = on_gpu and any(view.gone_sec > GONE_SEC for view in gone)
     if any(
         v.silence <= (GONE_SEC if in_vain else max(all_wait_sec, ALL_WAIT * v.limit)) for v in there
     ):
