@@ -45,7 +45,8 @@ def end_preempted(run: Run, progress: Progress, reasons: list[str | None]) -> di
         raise _launcher_died(run, rank, progress.step, "saved")
     run.folder.event("preempted", step=progress.step, reason=why)
     run.folder.set_status("preempted", step=progress.step, exit_code=0, reason=why)
-    run.say(f"stopped at step {progress.step} ({why}) and saved: the same command continues")
+    told = f"stopped at step {progress.step} ({why}) and saved: the same command continues"
+    run.say(told, last=True)
     return {"state": "preempted", "steps": progress.step, "run_dir": str(run.folder.given)}
 
 
@@ -109,13 +110,13 @@ def end_finished(
         try:
             run.saves.finish(progress.step, "the run is over", retry_sec=END_RETRY_SEC)
         except SaveFailedError:
-            run.say(table(summary))
+            run.say(table(summary), last=True)
             raise
     run.ranks.pulse.end()
     run.folder.write_summary(summary)
     run.folder.event("finished", step=progress.step)
     run.folder.set_status("finished", step=progress.step, exit_code=0)
-    run.say(table(summary))
+    run.say(table(summary), last=True)
     return summary
 
 

@@ -60,8 +60,8 @@ class Run:
         self._returns: Counter[int] = Counter()  # to each step, of this attempt
         self.blamed = ""  # where the last skipped step stopped being finite
 
-    def say(self, text: str) -> None:
-        """Show a line on rank 0's console and keep it in log/rank0.txt."""
+    def say(self, text: str, *, last: bool = False) -> None:
+        """Show a line on rank 0's console and keep it in log/rank0.txt; `last`: below its bar."""
         if self.ranks.rank != 0:
             return
         text = redact(text)
@@ -69,7 +69,7 @@ class Run:
         for line in text.splitlines():
             self.folder.log.append(f"{stamp} {line}")
         if self._trackers.is_open:
-            self._trackers.message(text)
+            self._trackers.message(text, last=last)
             return
         # It may be a file on a full disk, or closed; the log has the line.
         with contextlib.suppress(OSError, ValueError):

@@ -65,10 +65,18 @@ def table(summary: dict[str, Any]) -> str:
         ("test accuracy", f"{summary['eval_accuracy']:.2%} of {summary['eval_samples']:,}"),
         *_views(summary),
         ("best validation", "no split" if best is None else f"{best:.2%}"),
-        ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps"),
+        (
+            "trained",
+            f"{_counted(summary['epochs'], 'epoch')}, {_counted(summary['steps'], 'step')}",
+        ),
         ("images/s", f"{rate:,.0f} on {summary['world_size']} x {summary['device']}"),
         ("precision", summary["precision"]),
         ("time", f"{summary['wall_sec']:,.0f} s"),
         ("files", summary["run_dir"]),
     ]
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+def _counted(number: float, word: str) -> str:
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {word}{'' if number == 1 else 's'}"

@@ -106,10 +106,14 @@ class ConsoleTracker:
     def rewind(self, step: int, *, evaluated: bool) -> None:
         self._first = None
 
-    def close(self, *, exit_code: int) -> None:
+    def end_bar(self) -> None:
+        """Leave the bar as a line of its own: what comes stands below it."""
         if self._bar:
             put(self._stream, "\n")
             self._bar = ""
+
+    def close(self, *, exit_code: int) -> None:
+        self.end_bar()
 
     def _progress(self, record: Record) -> str:
         step = int(record["step"] or 0)
@@ -195,9 +199,12 @@ class Trackers:
         for tracker in list(self._trackers):
             self._guarded(tracker, lambda t=tracker: t.rewind(step, evaluated=evaluated))
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, last: bool = False) -> None:
+        """Show lines on the console: above its bar, or below it if they are the last ones."""
         for tracker in list(self._trackers):
             if isinstance(tracker, ConsoleTracker):
+                if last:
+                    self._guarded(tracker, tracker.end_bar)
                 self._guarded(tracker, lambda t=tracker: t.message(text))
 
     def take_news(self) -> list[str]:

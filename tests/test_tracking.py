@@ -146,8 +146,8 @@ def test_on_a_terminal_the_bar_is_rewritten_and_messages_stand_above_it(
         console.log({"step": 50, "train/loss": math.nan})
         console.log(PROGRESS)
         console.message("saved step 100")
+        Trackers([console]).message("finished", last=True)
         console.close(exit_code=0)
-        console.message("finished")
         screen = ""
         while "finished\r\n" not in screen:  # a read returns what has passed so far
             screen += os.read(ours, 65536).decode()
