@@ -1074,7 +1074,12 @@ def test_a_benchmark_that_is_ended_leaves_nothing_behind(
     command = [sys.executable, "-m", "dist_train.bench.main", "--nproc", "2"]
     command += ["--scaling", "strong", "--work-dir", str(tmp_path)]
     command += ["experiment=cifar10_tutorial", "data=synthetic", "device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # as without nohup
+    )
 
     def ranks() -> list[str]:
         found = []

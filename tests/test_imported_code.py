@@ -60,7 +60,7 @@ def test_a_resume_says_which_files_changed_and_since_when(
     told = run(tmp_path / "run", capsys, "train.steps=4")
     assert "since step 3 was saved codes/layers.py has changed: the run goes on" in told
     assert "unused" not in told
-    assert "network" not in told
+    assert "network.py" not in told
     assert "dist_train itself" not in told
 
 

@@ -8,11 +8,9 @@ from dist_train.config import Config, ConfigError
 from dist_train.config.arguments import instead_of, parse
 from dist_train.config.compose import compose
 from dist_train.config.importing import as_import_path, import_callable
-from dist_train.config.schema import DataConfig
 from dist_train.config.synonyms import OPTIONS, SETTINGS
 from dist_train.config.typed import leaves, unknown_key
 from dist_train.config.value_synonyms import VALUES
-from dist_train.data.sources import load_source
 from launch.local import _parse
 
 KEYS = dict(leaves(Config))
@@ -141,7 +139,7 @@ def test_values_that_are_nearly_right(word: str, told: str) -> None:
 def test_an_import_path_that_is_written_otherwise(typed: str, meant: str | None) -> None:
     assert as_import_path(typed) == meant
     for name, use in (
-        ("data.name", lambda: load_source(DataConfig(name=typed))),
+        ("data.name", lambda: compose([f"data.name={typed}"])),
         ("model.factory", lambda: import_callable(typed, "model.factory")),
     ):
         with pytest.raises(ConfigError) as raised:

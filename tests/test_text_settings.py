@@ -12,7 +12,8 @@ from dist_train.config.text import FOLDERS, is_text
 from dist_train.config.typed import flatten, leaves
 
 LOOKS_LIKE_A_NUMBER = ["2026_11_30", "1e3", "007", "1_000", "0.10", "-5", "nan", "true", "False"]
-TEXTS = [key for key, hint in leaves(Config) if is_text(hint) and key != "experiment"]
+FORMED = ("experiment", "model.factory", "data.name")  # none of their values is like a number
+TEXTS = [key for key, hint in leaves(Config) if is_text(hint) and key not in FORMED]
 
 
 def value(key: str, *words: str, **options: Any) -> Any:

@@ -37,7 +37,8 @@ def attempt(network: Network) -> dict[str, Any]:
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    with tempfile.TemporaryDirectory(prefix="zoo-") as work:
+    # A process of a network that crashed may still write there.
+    with tempfile.TemporaryDirectory(prefix="zoo-", ignore_cleanup_errors=True) as work:
         record |= _attempt(network, Path(work))
     return record | {"seconds": round(time.monotonic() - begun, 1)}
 
