@@ -1209,8 +1209,10 @@ def test_only_ways_that_tell_something_are_measured(
 def test_what_workers_loaded_ahead_is_taken_before_a_full_block(tmp_path: Path) -> None:
     words = ("data.loader=workers", "data.num_workers=1", "data.image_size=12")
     ways = [("full", 2), ("full", 2), ("ready", 1), ("bare", 1), ("full", 2), ("full", 2)]
-    found = run_ranks(batches_of_full_blocks, 0, small(tmp_path, *words), ways)
-    assert found == [([0], 8 + 2)], "two batches a worker, once"
+    config = small(tmp_path, *words)
+    found = run_ranks(batches_of_full_blocks, 0, config, ways)
+    ahead = 2 + (config.device == "cuda")
+    assert found == [([0], 8 + ahead)], "two batches a worker, and one on a GPU, once"
 
 
 def meetings_alone(config: Config) -> int:
