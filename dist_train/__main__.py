@@ -52,8 +52,8 @@ def _main() -> int:
     from dist_train.dry_run import describe
     from dist_train.endings import LauncherDiedError
     from dist_train.launch_store import StoppedBeforeStartError
-    from dist_train.recovery import StepFailedError
     from dist_train.saves import SaveFailedError
+    from dist_train.step_failure import StepFailedError
     from dist_train.torchrun_store import tell_next_round
     from dist_train.train import train
 

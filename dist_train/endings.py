@@ -10,10 +10,10 @@ from dist_train.data.loaders import Data
 from dist_train.failure import RepeatedFailureError, is_follower
 from dist_train.preemption import LAUNCHER_DIED
 from dist_train.progress import Progress
-from dist_train.recovery import StepFailedError
 from dist_train.run import Run
 from dist_train.saves import END_RETRY_SEC, STOP_RETRY_SEC, SaveFailedError
 from dist_train.state import Parts
+from dist_train.step_failure import StepFailedError
 from dist_train.summary import make_summary, table
 
 

@@ -22,7 +22,7 @@ from dist_train.config.redact import redact
 from dist_train.config.user_code import UserCodeError
 from dist_train.distributed import RankFailedError, Ranks
 from dist_train.preemption import stop_reason
-from dist_train.recovery import StepFailedError
+from dist_train.step_failure import StepFailedError
 
 FOLLOW_SEC = 2.0  # for the first cause to be written down
 AFTER_SIGNAL_SEC = 0.3  # the same, once the launcher is ending this rank too

@@ -6,9 +6,7 @@ happened and decide alike: repeat the step in smaller pieces, skip it, or fail w
 """
 
 import gc
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -16,39 +14,13 @@ from torch import Tensor
 
 from dist_train.broken_device import is_broken_device
 from dist_train.config import Config, ConfigError
-from dist_train.config.user_code import (
-    NEXT_LINE,
-    UserCodeError,
-    is_of_machine,
-    own_frame,
-    place,
-    said,
-)
-from dist_train.ddp import NoGradientError
-from dist_train.memory import ONE_SAMPLE, is_out_of_memory, memory_in_use
+from dist_train.config.user_code import is_of_machine
+from dist_train.memory import ONE_SAMPLE, is_out_of_memory
 from dist_train.nonfinite import NonFiniteGuard
 from dist_train.parallel import Replica
+from dist_train.step_failure import Failure, failed, failure_of, in_words, is_of_group
 
 Verdict = Literal["apply", "retry", "skip"]
-
-OF_THE_GROUP = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset")
-
-
-class StepFailedError(RuntimeError):
-    """A step failed for good on some rank; raised on all of them, with the first cause's trace."""
-
-    exit_code = 1
-
-    def __init__(
-        self, text: str, *, rank: int = 0, cause: str = "", trace: str = "", users: bool = False
-    ) -> None:
-        super().__init__(text)
-        self.rank, self.cause, self.trace = rank, cause, trace
-        self.users = users  # the user's own code: the text says where, and needs no traceback
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the cause when it is sent to another process."""
-        return _remade, (str(self), self.rank, self.cause, self.trace, self.users)
 
 
 class RollBack(Exception):  # noqa: N818 # a request, raised on all ranks together
@@ -57,18 +29,6 @@ class RollBack(Exception):  # noqa: N818 # a request, raised on all ranks togeth
     def __init__(self, reason: str, *, new_order: bool) -> None:
         super().__init__(reason)
         self.new_order = new_order
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """What went wrong on a rank; strings, to be sent to the others."""
-
-    rank: int
-    kind: Literal["memory", "no gradient", "mistake", "error"]
-    text: str
-    users: bool = False  # the user's own code: the text says where
-    trace: str = ""
-    memory: str = ""
 
 
 class Recovery:
@@ -113,33 +73,17 @@ class Recovery:
             at_start: nothing was trained yet: what the user's own code raises, it would raise
                 after a restart, too, and is a mistake.
         """
-        text = f"{type(error).__name__}: {error}"
-        of_group = isinstance(error, torch.distributed.DistError) or (
-            isinstance(error, RuntimeError) and any(word in str(error) for word in OF_THE_GROUP)
-        )
-        of_machine = of_group or is_out_of_memory(error) or is_of_machine(error)
-        shown = error if of_machine else _in_words(error, at_start=at_start)
+        of_group = is_of_group(error)
+        shown = error
+        if not (of_group or is_out_of_memory(error) or is_of_machine(error)):
+            shown = in_words(error, at_start=at_start)
         out_of_reach = not self._replica.recoverable or self._replica.gradients.all_sent
         if of_group or out_of_reach or is_broken_device(error):
             self.remember_shortage(error)
             if shown is not error:
                 raise shown from error
             raise error
-        kind = "mistake" if isinstance(shown, ConfigError) else "error"
-        if is_out_of_memory(error):
-            kind = "memory"
-        elif isinstance(error, NoGradientError):
-            kind = "no gradient"
-        failure = Failure(
-            rank=self._replica.ranks.rank,
-            kind=kind,
-            text=text if shown is error and kind in ("memory", "error") else str(shown),
-            users=isinstance(shown, UserCodeError),
-            trace="".join(traceback.format_exception(error)),
-            memory=memory_in_use(self._replica.ranks.device) if kind == "memory" else "",
-        )
-        error.__traceback__ = None  # its frames hold the activations
-        return failure
+        return failure_of(error, shown, self._replica.ranks)
 
     def remember_shortage(self, error: Exception) -> None:
         """Let a restart begin with half the micro-batch, if an error that ends this is of memory.
@@ -181,7 +125,7 @@ class Recovery:
         first = found[0]
         if first.kind == "mistake":
             raise ConfigError(first.text)
-        raise _failed(first, f"rank {first.rank} failed {doing}: {first.text}")
+        raise failed(first, f"rank {first.rank} failed {doing}: {first.text}")
 
     def settle(self) -> None:
         """Read what guards.lag=1 left open, at a boundary. Collective."""
@@ -227,7 +171,7 @@ class Recovery:
             self._replica.gradients.give_up()
         worst = next((f for f in found if f.kind not in ("memory", "no gradient")), None)
         if worst is not None and self.shortage and ONE_SAMPLE in worst.text:
-            raise _failed(
+            raise failed(
                 worst,
                 f"rank {worst.rank} failed at step {step}: {self.shortage}, and BatchNorm needs "
                 "more than one sample at once: use a smaller model, smaller images or more ranks",
@@ -235,7 +179,7 @@ class Recovery:
         if worst is not None and worst.kind == "mistake":
             raise ConfigError(worst.text)
         if worst is not None:
-            raise _failed(worst, f"rank {worst.rank} failed at step {step}: {worst.text}")
+            raise failed(worst, f"rank {worst.rank} failed at step {step}: {worst.text}")
         without = next((f for f in found if f.kind == "no gradient"), None)
         if without is not None:
             return self._repeat_without_ddp(without, step, current=current)
@@ -283,9 +227,9 @@ class Recovery:
             shards = self._config.train.num_shards
             if not current:
                 cure = "with guards.lag=1, where a step cannot be repeated: set guards.lag=0"
-                raise _failed(first, f"{where}, {cure} ({first.text})")
+                raise failed(first, f"{where}, {cure} ({first.text})")
             if self._repeated == step:
-                raise _failed(
+                raise failed(
                     first,
                     f"{where}, also in the second try: in fixed order a shard is what is computed "
                     f"at once: raise train.num_shards (= {shards}), which is another run, or "
@@ -303,7 +247,7 @@ class Recovery:
                 else f"with guards.lag=1, where a step cannot be repeated: set guards.lag=0, or "
                 f"train.micro_batch_size={(now + 1) // 2}"
             )
-            raise _failed(first, f"{where}, {cure} ({first.text})")
+            raise failed(first, f"{where}, {cure} ({first.text})")
         self.micro_batch_size = (now + 1) // 2
         self.shortage = f"{where} with micro-batches of {now} ({first.text})"
         say = f"{where}: micro-batch {now} -> {self.micro_batch_size} on all, the step is repeated"
@@ -314,23 +258,3 @@ class Recovery:
         """Return the largest micro-batch in force: equal on all ranks."""
         whole = -(-self._config.train.global_batch_size // self._replica.ranks.world_size)
         return min(self.micro_batch_size or whole, whole)
-
-
-def _in_words(error: Exception, *, at_start: bool) -> Exception:
-    """Return an error of the user's own code as one that says where; others as they are."""
-    frame = own_frame(error)
-    if isinstance(error, ConfigError) or (frame is None and not isinstance(error, UserCodeError)):
-        return error
-    text = str(error)
-    if frame is not None and not isinstance(error, UserCodeError):
-        text = NEXT_LINE.join([said(error), place(frame)])
-        text = f"the first step fails: {text}" if at_start else text
-    return ConfigError(text) if at_start else UserCodeError(text)
-
-
-def _failed(failure: Failure, text: str) -> StepFailedError:
-    return _remade(text, failure.rank, failure.text, failure.trace, failure.users)
-
-
-def _remade(text: str, rank: int, cause: str, trace: str, users: bool) -> StepFailedError:
-    return StepFailedError(text, rank=rank, cause=cause, trace=trace, users=users)

@@ -44,7 +44,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("chain_status", "rendezvous", "torchrun_store"),
     ("agent", "buffers", "distributed", "memory", "muon", "own_memory", "plain_state", "plan"),
     ("broken_device", "ddp", "gradients", "pinned", "weights"),
-    ("ddp_check", "nonfinite", "optim", "parallel"),
+    ("ddp_check", "nonfinite", "optim", "parallel", "step_failure"),
     (
         "attribution",
         "checkpoint",
@@ -84,7 +84,7 @@ LATE = {
     ("dist_train/__main__.py", "dist_train.config.redact"),
     ("dist_train/__main__.py", "dist_train.distributed"),
     ("dist_train/__main__.py", "dist_train.dry_run"),
-    ("dist_train/__main__.py", "dist_train.recovery"),
+    ("dist_train/__main__.py", "dist_train.step_failure"),
     ("dist_train/__main__.py", "dist_train.saves"),
     ("dist_train/__main__.py", "dist_train.endings"),
     ("dist_train/__main__.py", "dist_train.launch_store"),

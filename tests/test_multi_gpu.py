@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_train.config import Config
-from dist_train.recovery import StepFailedError
+from dist_train.step_failure import StepFailedError
 from tests.faults import Fault, train_with
 from tests.ranks import run_ranks, start_ranks_of
 from tests.settings import small

@@ -17,7 +17,8 @@ from dist_train.config import Config
 from dist_train.ddp import BucketGradients
 from dist_train.ddp_check import Found
 from dist_train.memory import NO_ENGINE, is_out_of_memory
-from dist_train.recovery import Recovery, StepFailedError
+from dist_train.recovery import Recovery
+from dist_train.step_failure import StepFailedError
 from tests import step_faults
 from tests.ranks import free_port, run_ranks, start_ranks_of
 from tests.settings import metrics, small
